@@ -1,0 +1,68 @@
+"""What every learned loss is: ``loss(predictions, target) -> scalar``, applied output-wise (Eq. 3)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_adalfl.losses.pairing import check_task, to_pairs
+
+Reduction = Literal["mean", "sum"]
+
+
+class LearnedLoss(nn.Module, ABC):
+    """A loss M_φ with parameters φ that scores pairs of target and prediction, output by output (Eq. 3).
+
+    Args:
+        task: How predictions and targets become pairs; see :func:`lightning_adalfl.losses.pairing.to_pairs`.
+        reduction: Over the outputs of an instance, ``"mean"`` as in Eq. 3, or ``"sum"`` as the paper's prose has it; with C
+            outputs they differ by the factor C, which acts as a learning rate. Over instances it is always the mean.
+
+    Raises:
+        ValueError: For an unknown task or reduction.
+    """
+
+    def __init__(self, task: str, reduction: str = "mean") -> None:
+        super().__init__()
+        check_task(task)
+        if reduction not in get_args(Reduction):
+            raise ValueError(f"`reduction` must be 'mean' or 'sum'; got {reduction!r}.")
+        self.task = task
+        self.reduction = reduction
+
+    @abstractmethod
+    def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return ℓ_φ(y_i, f_i) element-wise.
+
+        Args:
+            prediction: Any shape: probabilities for classification, raw values for regression.
+            target: The same shape.
+
+        Returns:
+            The loss of each pair, of the same shape.
+        """
+
+    def forward(self, predictions: Tensor, target: Tensor) -> Tensor:
+        """Return M_φ(y, f), a scalar (Eq. 3), computed in the precision of φ, under autocast too.
+
+        Args:
+            predictions: Raw model output, as ``task`` demands.
+            target: Targets, as ``task`` demands.
+
+        Raises:
+            ValueError: If predictions and target do not fit the task.
+        """
+        with torch.autocast(device_type=predictions.device.type, enabled=False):
+            # Checked before the cast, so that an integer prediction is refused and not converted.
+            precision = self.dtype if predictions.is_floating_point() else predictions.dtype
+            paired, paired_target = to_pairs(self.task, predictions.to(precision), target)
+            value = self.pairwise(paired, paired_target).mean()
+            return value if self.reduction == "mean" else value * (paired.numel() / paired.shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which the loss is computed: that of φ."""
+        return next(self.parameters()).dtype
