@@ -1,0 +1,161 @@
+"""One base step θ_{t+1} = U(θ_t, s_t, g_t), with what its hypergradient needs kept on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_adalfl.hypergradient.forward_trace import ForwardTrace
+from lightning_adalfl.hypergradient.functional import FunctionalModel, Predict
+from lightning_adalfl.hypergradient.gradient_clipping import GradientTransform
+from lightning_adalfl.hypergradient.optimizer_adjoint import OptimizerAdjoint, optimizer_adjoint
+from lightning_adalfl.hypergradient.random_state import RandomState
+from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerSnapshot, check_optimizer
+from lightning_adalfl.hypergradient.tangent_rules import PrimalTape, RecordPrimals
+
+Method = Literal["forward", "finite_difference", "reverse"]
+
+
+class BaseStep:
+    """Records a base step of ``optimizer`` on ``model``; reusable, step after step.
+
+    The order of use, with ``loss`` a learned loss::
+
+        step = BaseStep(model, optimizer)
+        predictions, target = step.forward(batch)      # several times to accumulate gradients
+        loss(predictions, target).backward()
+        step.step()                                    # or step.before_step() and the step itself
+        gradient = hypergradient(step, loss, task_loss, meta_batch)
+
+    Args:
+        model: The base model f_θ.
+        optimizer: The base optimizer U, any of ``torch.optim`` whose step is a function of one gradient.
+        predict: ``predict(batch) -> (predictions, target)``; by default ``x, y = batch; return model(x), y``.
+        method: How the hypergradient will be computed: ``"forward"`` (exact, forward-mode AD), ``"finite_difference"``
+            (one more forward, no AD) or ``"reverse"`` (the unrolled reference).
+        chained: Keep the optimizer's state too, as the steps of an inner loop (S_inner > 1) need it.
+
+    Raises:
+        ValueError: For an unknown method, or an optimizer that it cannot see through.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        predict: Predict | None = None,
+        method: str = "forward",
+        chained: bool = False,
+    ) -> None:
+        check_method(method)
+        check_optimizer(optimizer, method)
+        self.method = method
+        self.optimizer = optimizer
+        self.chained = chained
+        self.groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
+        self.parameters = [p for group in self.groups for p in group]
+        if not self.parameters:
+            raise ValueError("`optimizer` holds no parameter that requires a gradient; unfreeze a part of the model.")
+        self.model = FunctionalModel(model, self.parameters, predict or _default_predict(model))
+        self.traces: list[ForwardTrace] = []
+        self.active: list[int] = []
+        self.before: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        self.snapshot: OptimizerSnapshot | None = None
+        self.transform: GradientTransform | None = None
+        self._adjoint: OptimizerAdjoint | None = None
+        self._predict = predict or _default_predict(model)
+        self._device = self.parameters[0].device
+        # The compiler does not trace the recording, so a compiled model's forward is computed again.
+        self._records = method == "forward" and not any(_is_compiled(module) for module in model.modules())
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Predict on ``batch`` at θ_t; the predictions carry the graph for the base backward."""
+        if self._adjoint is not None or self.snapshot is not None:
+            self.clear()
+        random_state = RandomState.capture(self._device)
+        buffers = self.model.copied_buffers()
+        tape = PrimalTape() if self._records else None
+        if tape is None:
+            predictions, target = self._predict(batch)
+        else:
+            with RecordPrimals(tape):
+                predictions, target = self._predict(batch)
+        self.traces.append(ForwardTrace(batch, random_state, buffers, predictions.detach(), target, tape))
+        return predictions, target
+
+    def before_step(self, transform: GradientTransform | None = None) -> None:
+        """Keep θ_t and what the derivative of the step needs; call it between backward (or clipping) and step.
+
+        Args:
+            transform: The clipping that the gradient has been through.
+
+        Raises:
+            ValueError: If no forward was recorded, or a gradient is sparse.
+        """
+        if not self.traces:
+            raise ValueError("`before_step` was called without a recorded `forward`; predict through this object first.")
+        gradients = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
+        self.active, self.gradients = list(gradients), list(gradients.values())
+        stepped = [self.parameters[i] for i in self.active]
+        if any(gradient.is_sparse for gradient in self.gradients):
+            raise ValueError("a gradient is sparse, which has no hypergradient here; build the embedding with `sparse=False`.")
+        with torch.no_grad():
+            # One buffer is kept over the steps: allocating it anew costs as much as filling it.
+            if len(self.before) != len(self.parameters):
+                self.before = [torch.empty_like(p) for p in self.parameters]
+            torch._foreach_copy_(self.before, self.parameters)
+        self.transform = transform
+        if self.method == "reverse" or self.chained:
+            self.snapshot = OptimizerSnapshot(self.optimizer, stepped)
+        if self.method != "reverse":
+            self._adjoint = optimizer_adjoint(self.optimizer, stepped, self.gradients, self.method)
+
+    def step(self, transform: GradientTransform | None = None) -> None:
+        """Take the base step, recorded."""
+        self.before_step(transform)
+        self.optimizer.step()
+
+    def values_before(self) -> dict[int, Tensor]:
+        """Return θ_t of the parameters that the step moved, by their index in ``parameters``."""
+        return {i: self.before[i] for i in self.active}
+
+    def transposed(self, vector: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        """Return ``(c, w)`` with ``c · w = (∂θ_{t+1}/∂g_t)ᵀ vector`` over the active parameters, through the clipping."""
+        if self._adjoint is None:
+            raise ValueError("the base step was not recorded; call `step()` or `before_step()` first.")
+        scale, direction = self._adjoint.transposed([self.before[i] for i in self.active], vector)
+        if self.transform is not None:
+            direction = self.transform.transposed(self.gradients, direction)
+        return scale, direction
+
+    def clear(self) -> None:
+        """Forget the recorded step; the copy of θ_t stays as a buffer."""
+        self.traces = []
+        self.active = []
+        self.gradients = []
+        self.snapshot = None
+        self.transform = None
+        self._adjoint = None
+
+
+def check_method(method: str) -> None:
+    """Raise a ``ValueError`` unless ``method`` names a way to compute the hypergradient."""
+    if method not in get_args(Method):
+        raise ValueError(f"`hypergradient` must be one of {', '.join(map(repr, get_args(Method)))}; got {method!r}.")
+
+
+def _default_predict(model: nn.Module) -> Predict:
+    def predict(batch: Any) -> tuple[Tensor, Tensor]:
+        x, y = batch
+        return model(x), y
+
+    return predict
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None

@@ -1,0 +1,92 @@
+"""Two ways to get ``h = J_t u``, the derivative of the predictions along a direction in parameter space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_adalfl.hypergradient.forward_trace import ForwardTrace
+from lightning_adalfl.hypergradient.functional import FunctionalModel
+from lightning_adalfl.hypergradient.tangent_rules import PrimalTape, ReplayPrimals
+
+
+class ForwardModeError(RuntimeError):
+    """The model has an operation without forward-mode AD."""
+
+
+def forward_mode(
+    model: FunctionalModel,
+    trace: ForwardTrace,
+    parameters: Mapping[int, Tensor],
+    direction: Sequence[Tensor],
+) -> Tensor:
+    """Return ``J u`` by forward-mode AD, exact, of the shape of the predictions.
+
+    Args:
+        model: The base model as a function of θ.
+        trace: The base forward to differentiate.
+        parameters: θ_t by index.
+        direction: u, one tensor for each of ``parameters``.
+
+    Raises:
+        ForwardModeError: If an operation has no forward-mode derivative; says what works instead.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(forward_ad.dual_level())
+        # Fused attention has no forward mode on any device; the plain formula has.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(trace.random_state.replayed())
+        duals = {i: forward_ad.make_dual(p, t) for (i, p), t in zip(parameters.items(), direction)}
+        tape = PrimalTape() if trace.tape is None else trace.tape
+        tape.rewind()
+        stack.enter_context(ReplayPrimals(tape))
+        try:
+            predictions, _ = model(trace.batch, trace.buffers, duals)
+        except NotImplementedError as error:
+            raise _no_forward_mode(error) from error
+        except RuntimeError as error:
+            if "forward AD" not in str(error) and "forward mode" not in str(error):
+                raise
+            raise _no_forward_mode(error) from error
+        tangent = forward_ad.unpack_dual(predictions).tangent
+        return torch.zeros_like(trace.predictions) if tangent is None else tangent
+
+
+def _no_forward_mode(error: Exception) -> ForwardModeError:
+    return ForwardModeError(
+        "an operation of the model has no forward-mode derivative "
+        f"({str(error).splitlines()[0]}); choose `hypergradient='finite_difference'`, which needs none."
+    )
+
+
+def moved_parameters(
+    parameters: Mapping[int, Tensor], direction: Sequence[Tensor], epsilon: float
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Return ``θ + δu`` with ``δ = epsilon / ‖u‖``, and δ; ``direction`` is scaled in place."""
+    direction = list(direction)
+    with torch.no_grad():
+        norm = torch.stack(torch._foreach_norm(direction)).norm()
+        # A zero direction has the derivative zero; the clamp keeps it from becoming 0/0.
+        step = epsilon / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        torch._foreach_mul_(direction, step)
+        return dict(zip(parameters, torch._foreach_add(list(parameters.values()), direction))), step
+
+
+def finite_difference(model: FunctionalModel, trace: ForwardTrace, moved: Mapping[int, Tensor], step: Tensor) -> Tensor:
+    """Return ``J u ≈ (f(θ + δu) - f(θ)) / δ``: one forward pass, no AD; f(θ) is what the base forward gave.
+
+    Args:
+        model: The base model as a function of θ.
+        trace: The base forward to differentiate.
+        moved: ``θ + δu`` by index.
+        step: δ, a scalar.
+    """
+    with torch.no_grad(), trace.random_state.replayed():
+        predictions, _ = model(trace.batch, trace.buffers, moved)
+        return (predictions - trace.predictions) / step.to(predictions.dtype)

@@ -1,0 +1,32 @@
+"""What one base forward saw and gave, so that it can be evaluated again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_adalfl.hypergradient.random_state import RandomState
+from lightning_adalfl.hypergradient.tangent_rules import PrimalTape
+
+
+@dataclass(frozen=True)
+class ForwardTrace:
+    """One base forward f_{θ_t}(x).
+
+    Attributes:
+        batch: What ``predict`` was given.
+        random_state: The generators before it, for the same dropout masks.
+        buffers: The buffers before it.
+        predictions: f_{θ_t}(x), detached.
+        target: y.
+        tape: The results of its costly layers, or ``None`` if they were not kept.
+    """
+
+    batch: Any
+    random_state: RandomState
+    buffers: dict[str, Tensor]
+    predictions: Tensor
+    target: Tensor
+    tape: PrimalTape | None

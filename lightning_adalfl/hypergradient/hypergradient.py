@@ -1,0 +1,143 @@
+"""The hypergradient ``∇_φ L_T(y_v, f_{θ_{t+1}}(x_v))`` of base steps (Eq. 8-11), without a double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_adalfl.hypergradient.base_step import BaseStep
+from lightning_adalfl.hypergradient.directional_derivative import finite_difference, forward_mode, moved_parameters
+from lightning_adalfl.hypergradient.forward_trace import ForwardTrace
+from lightning_adalfl.hypergradient.unrolled import adjoint_of_later_steps, transposed_first_step, unrolled
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+AllReduce = Callable[[list[Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """What a meta step needs.
+
+    Attributes:
+        loss: ``∇_φ L_T``, one tensor for each parameter of the learned loss; empty for a loss without parameters.
+        log_lr: ``∂L_T/∂log α`` of each parameter group, shape (groups,), the effect of the last step's learning rates.
+        task_loss: L_T on the meta batch at θ_{t+1}, a scalar.
+    """
+
+    loss: tuple[Tensor, ...]
+    log_lr: Tensor
+    task_loss: Tensor
+
+
+def hypergradient(
+    steps: BaseStep | Sequence[BaseStep],
+    loss: Objective,
+    task_loss: Objective,
+    meta_batch: Any,
+    *,
+    all_reduce: AllReduce | None = None,
+    epsilon: float = 1e-2,
+) -> Hypergradient:
+    """Differentiate the task loss after the recorded base step(s) by the parameters φ of the loss that caused them.
+
+    A pure function: it returns gradients, writes no ``.grad``, and leaves parameters and buffers as they are.
+
+    Args:
+        steps: The base step that was just taken, or all steps of an inner loop in their order (S_inner > 1). The steps
+            of an inner loop are made with ``chained=True``; each holds one copy of the parameters and of the optimizer's state.
+        loss: The learned loss M_φ, or any callable; the hypergradient is by its parameters if it is a module.
+        task_loss: L_T, ``task_loss(predictions, target) -> scalar``.
+        meta_batch: The batch (x_v, y_v), as the steps' ``predict`` takes it.
+        all_reduce: Averages a list of tensors over processes in place; called for v before it is contracted, and for the
+            result.
+        epsilon: For ``"finite_difference"``: how far the parameters are moved, in Euclidean norm.
+
+    Raises:
+        ValueError: If a step was not recorded.
+        ForwardModeError: If the model has an operation without forward-mode AD; says what works instead.
+    """
+    chain = [steps] if isinstance(steps, BaseStep) else list(steps)
+    if not chain or not all(step.traces and step.before for step in chain):
+        raise ValueError("`steps` must hold at least one recorded base step; call `forward` and `step` on it first.")
+    phi = [p for p in loss.parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
+    first, last = chain[0], chain[-1]
+    if first.method == "reverse":
+        by_phi, log_lr, value = unrolled(chain, loss, phi, task_loss, meta_batch)
+        return _reduced(Hypergradient(by_phi, log_lr, value), all_reduce)
+
+    value, vector = _meta_gradient(last, task_loss, meta_batch)
+    if all_reduce is not None:
+        all_reduce(vector)
+    log_lr = _by_log_lr(last, vector)
+    total = [torch.zeros_like(p) for p in phi]
+    if phi:
+        if len(chain) > 1:
+            vector, state_adjoint, total = adjoint_of_later_steps(chain[1:], loss, phi, vector)
+            scale, direction = 1.0, transposed_first_step(first, vector, state_adjoint)
+        else:
+            scale, direction = first.transposed([vector[i] for i in first.active])
+        torch._foreach_add_(total, _by_phi(first, loss, phi, direction, epsilon), alpha=scale)
+    return _reduced(Hypergradient(tuple(total), log_lr, value), all_reduce)
+
+
+def _meta_gradient(step: BaseStep, task_loss: Objective, meta_batch: Any) -> tuple[Tensor, list[Tensor]]:
+    """Return L_T and ``v = ∇_θ L_T(y_v, f_{θ_{t+1}}(x_v))``: one ordinary forward and backward."""
+    with torch.enable_grad():
+        predictions, target = step.model(meta_batch, step.model.buffers())
+        value = task_loss(predictions, target)
+        gradients = torch.autograd.grad(value, step.parameters, allow_unused=True)
+    # A parameter that the meta batch did not use has the gradient zero.
+    return value.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(step.parameters, gradients)]
+
+
+def _by_log_lr(step: BaseStep, vector: Sequence[Tensor]) -> Tensor:
+    """Return ``∂L_T/∂log α = ⟨v, θ_{t+1} - θ_t⟩`` for each group: every step here is proportional to its learning rate."""
+    active = set(step.active)
+    dots, start = [], 0
+    with torch.no_grad():
+        for group in step.groups:
+            members = [i for i in range(start, start + len(group)) if i in active]
+            terms = [torch.sum(vector[i] * (step.parameters[i] - step.before[i]), dtype=torch.float64) for i in members]
+            dots.append(torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64))
+            start += len(group)
+    return torch.stack(dots)
+
+
+def _by_phi(
+    step: BaseStep, loss: Objective, phi: list[Tensor], direction: Sequence[Tensor], epsilon: float
+) -> list[Tensor]:
+    """Return ``∂/∂φ ⟨m_t(φ), J_t u⟩``, the mean over the step's forward passes."""
+    parameters = step.values_before()
+    if step.method == "finite_difference":
+        parameters, size = moved_parameters(parameters, direction, epsilon)
+    total = [torch.zeros_like(p) for p in phi]
+    for trace in step.traces:
+        if step.method == "forward":
+            h = forward_mode(step.model, trace, parameters, direction)
+        else:
+            h = finite_difference(step.model, trace, parameters, size)
+        torch._foreach_add_(total, _contract(loss, phi, trace, h), alpha=1.0 / len(step.traces))
+    return total
+
+
+def _contract(loss: Objective, phi: list[Tensor], trace: ForwardTrace, h: Tensor) -> list[Tensor]:
+    """Return ``∂/∂φ ⟨m_t(φ), h⟩`` with ``m_t = ∂M_φ/∂f``: second order in the loss alone."""
+    with torch.enable_grad():
+        predictions = trace.predictions.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(predictions, trace.target), predictions, create_graph=True)
+        product = torch.sum(slope.to(phi[0].dtype) * h.to(phi[0].dtype))
+        gradients = torch.autograd.grad(product, phi, allow_unused=True)
+    # A bias of the last layer moves the loss and not its slope.
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(phi, gradients)]
+
+
+def _reduced(result: Hypergradient, all_reduce: AllReduce | None) -> Hypergradient:
+    if all_reduce is None:
+        return result
+    tensors = [*result.loss, result.log_lr, result.task_loss]
+    all_reduce(tensors)
+    return Hypergradient(tuple(tensors[:-2]), tensors[-2], tensors[-1])

@@ -1,0 +1,62 @@
+"""Keep and replay the state of every random generator that a forward pass may draw from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The states of Python's, NumPy's and torch's generators, the CPU's and one accelerator's."""
+
+    python: tuple[Any, ...]
+    numpy: dict[str, Any]
+    cpu: Tensor
+    device: torch.device
+    accelerator: Tensor | None
+
+    @classmethod
+    def capture(cls, device: torch.device) -> RandomState:
+        """Read the generators; ``device`` is where the model lives."""
+        accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        return cls(
+            random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), device, accelerator  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def seeded(cls, seed: int, device: torch.device) -> RandomState:
+        """Return the state after seeding every generator with ``seed``, without touching the current one."""
+        before = cls.capture(device)
+        try:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            return cls.capture(device)
+        finally:
+            before.restore()
+
+    def restore(self) -> None:
+        """Write the generators back."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Run the body from this state; afterwards the generators are as they were before it."""
+        before = RandomState.capture(self.device)
+        self.restore()
+        try:
+            yield
+        finally:
+            before.restore()

@@ -1,0 +1,110 @@
+"""A base optimizer's step as a differentiable function of parameters, state and gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+State = list[dict[str, Any]]
+
+DIFFERENTIABLE_OPTIMIZERS = "SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adadelta, Adamax, ASGD or Rprop"
+
+
+class OptimizerError(ValueError):
+    """The base optimizer's step cannot be differentiated in the way that was asked for."""
+
+
+def check_optimizer(optimizer: Optimizer, method: str) -> None:
+    """Raise an :class:`OptimizerError` if ``method`` cannot see through ``optimizer``."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, LBFGS):
+        raise OptimizerError(
+            f"`optimizer` is {name}, whose step evaluates the loss several times and is no function of one gradient; "
+            f"use {DIFFERENTIABLE_OPTIMIZERS}."
+        )
+    if "differentiable" not in optimizer.defaults and method != "finite_difference":
+        raise OptimizerError(
+            f"`optimizer` is {name}, which has no differentiable step (no `differentiable` option), so "
+            f"`hypergradient={method!r}` cannot see through it. Choose `hypergradient='finite_difference'`, which holds for "
+            f"steps that act on each gradient element by itself, or use {DIFFERENTIABLE_OPTIMIZERS}."
+        )
+
+
+class OptimizerSnapshot:
+    """What an optimizer's next step depends on besides parameters and gradient: its options and its state s_t.
+
+    Args:
+        optimizer: The base optimizer, before its step.
+        parameters: The parameters θ whose step is of interest, in the order in which values are given later.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+        self.optimizer_class = type(optimizer)
+        self.defaults = dict(optimizer.defaults)
+        self.groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self.group_of = [group_of[id(p)] for p in parameters]
+        self.state: State = [_copy_state(optimizer.state.get(p, {})) for p in parameters]
+
+    def step(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], state: State, differentiable: bool = True
+    ) -> tuple[list[Tensor], State]:
+        """Return ``θ' = U(θ, s, g)`` and the new state, with gradients to every input that requires one.
+
+        Args:
+            parameters: θ; not changed.
+            gradients: g, one for each parameter.
+            state: s, as :attr:`state` holds it; not changed.
+            differentiable: ``False`` for a plain step without gradients.
+        """
+        moved = [p.clone() for p in parameters]
+        copied = [_copy_state(s, keep_graph=True) for s in state]
+        shadow: Optimizer = object.__new__(self.optimizer_class)
+        options = {"foreach": False, "fused": False, "capturable": False, "differentiable": differentiable}
+        groups: list[dict[str, Any]] = []
+        for group in self.groups:
+            known = {k: v for k, v in options.items() if k in group}
+            groups.append({**group, **known, "params": []})
+        for parameter, gradient, index, entry in zip(moved, gradients, self.group_of, copied):
+            if parameter.requires_grad:
+                parameter.retain_grad()  # a non-leaf's `.grad` may be read without a warning
+            parameter.grad = gradient
+            groups[index]["params"].append(parameter)
+            self._complete_momentum(groups[index], entry, parameter, gradient)
+        shadow.__setstate__(
+            {
+                "defaults": {**self.defaults, "differentiable": differentiable},
+                "state": _DefaultState({p: s for p, s in zip(moved, copied) if s}),
+                "param_groups": groups,
+            }
+        )
+        shadow.step()
+        return moved, [shadow.state.get(p, {}) for p in moved]
+
+    def _complete_momentum(
+        self, group: dict[str, Any], entry: dict[str, Any], parameter: Tensor, gradient: Tensor
+    ) -> None:
+        # SGD's first momentum buffer is a detached copy of the gradient; this one leads to the same value with its graph.
+        is_sgd = issubclass(self.optimizer_class, torch.optim.SGD)
+        if is_sgd and group["momentum"] and entry.get("momentum_buffer") is None:
+            decayed = (-gradient if group["maximize"] else gradient) + group["weight_decay"] * parameter
+            entry["momentum_buffer"] = decayed * (group["dampening"] / group["momentum"])
+
+
+class _DefaultState(dict[Tensor, dict[str, Any]]):
+    """Optimizers expect a state that creates the entry of a new parameter."""
+
+    def __missing__(self, key: Tensor) -> dict[str, Any]:
+        return self.setdefault(key, {})
+
+
+def _copy_state(state: dict[str, Any], keep_graph: bool = False) -> dict[str, Any]:
+    return {
+        k: (v.clone() if keep_graph else v.detach().clone()) if isinstance(v, Tensor) else copy.copy(v)
+        for k, v in state.items()
+    }

@@ -1,0 +1,152 @@
+"""Forward-mode rules for the layers that cost, with the base forward's own results as primals.
+
+``torch.autograd.forward_ad`` computes every layer's value again beside its tangent. The base step has computed that value
+already, so a convolution or matrix product needs two products and not three; and a BatchNorm's tangent needs two fused
+kernels and not ten element-wise ones. Every other function goes to torch's own rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+# Below this many multiplications an output value is cheaper to compute again than to keep in memory.
+KEEP_FROM_MULTIPLICATIONS = 512
+
+
+class PrimalTape:
+    """The results of the base forward's convolutions and matrix products, in the order of their calls."""
+
+    def __init__(self) -> None:
+        self._results: list[tuple[Tensor, int] | None] = []
+        self._next = 0
+
+    def keep(self, result: Tensor | None) -> None:
+        """Append a result; ``None`` for one that is not worth its memory."""
+        self._results.append(None if result is None else (result.detach(), result._version))
+
+    def take(self) -> Tensor | None:
+        """Return the next result, or ``None`` if it was not kept or was overwritten in place since."""
+        entry = self._results[self._next] if self._next < len(self._results) else None
+        self._next += 1
+        if entry is None or entry[0]._version != entry[1]:
+            return None
+        return entry[0]
+
+    def rewind(self) -> None:
+        """Begin again at the first call."""
+        self._next = 0
+
+
+class RecordPrimals(TorchFunctionMode):
+    """Fill a tape with what the base forward computes."""
+
+    def __init__(self, tape: PrimalTape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+            worth_keeping = weight.numel() >= KEEP_FROM_MULTIPLICATIONS * weight.shape[0]
+            self.tape.keep(result if worth_keeping else None)
+        return result
+
+
+class ReplayPrimals(TorchFunctionMode):
+    """Apply the rules of this file to dual tensors, with a tape's results as primals."""
+
+    def __init__(self, tape: PrimalTape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _PRODUCTS:
+            return _product(func, self.tape.take(), *args, **kwargs)
+        if func is F.batch_norm:
+            return _batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+_PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+
+
+def _unpack(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if value is None:
+        return None, None
+    primal, tangent = forward_ad.unpack_dual(value)
+    return primal, tangent
+
+
+def _product(
+    func: Callable[..., Tensor],
+    kept: Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *options: Any,
+    **more: Any,
+) -> Tensor:
+    """Bilinear in input and weight: the tangent of ``x * w + b`` is ``x * w' + b' + x' * w``."""
+    x, x_tangent = _unpack(input)
+    w, w_tangent = _unpack(weight)
+    b, b_tangent = _unpack(bias)
+    primal = func(x, w, b, *options, **more) if kept is None else kept
+    terms = []
+    if w_tangent is not None:
+        terms.append(func(x, w_tangent, b_tangent, *options, **more))
+        b_tangent = None
+    if x_tangent is not None:
+        terms.append(func(x_tangent, w, None, *options, **more))
+    if not terms and b_tangent is None:
+        return primal
+    tangent = terms[0] if terms else torch.zeros_like(primal)
+    if len(terms) == 2:
+        tangent += terms[1]
+    if b_tangent is not None:
+        channel_last = func is F.linear or primal.ndim == w.ndim - 1  # type: ignore[union-attr]
+        tangent = tangent + (b_tangent if channel_last else b_tangent.view(-1, *[1] * (w.ndim - 2)))  # type: ignore[union-attr]
+    return forward_ad.make_dual(primal, tangent.to(primal.dtype))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The Jacobian of normalisation is symmetric per channel, so the fused backward kernel is its forward mode as well."""
+    x, x_tangent = _unpack(input)
+    w, w_tangent = _unpack(weight)
+    b, b_tangent = _unpack(bias)
+    # Under autocast x may be narrower than the weights, which the fused backward does not take on every device.
+    if not training or x is None or (w is not None and w.dtype != x.dtype):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    output, mean, inverse_std = torch.native_batch_norm(x, w, b, None, None, True, momentum, eps)
+    tangent = None
+    if x_tangent is not None:
+        tangent, _, _ = torch.ops.aten.native_batch_norm_backward(
+            x_tangent, x, w, None, None, mean, inverse_std, True, eps, [True, False, False]
+        )
+    if w_tangent is not None or b_tangent is not None:
+        variance = inverse_std.reciprocal().square_().sub_(eps)
+        scale = torch.zeros_like(mean) if w_tangent is None else w_tangent
+        affine = F.batch_norm(x, mean, variance, scale, b_tangent, False, momentum, eps)
+        tangent = affine if tangent is None else tangent.add_(affine)
+    return output if tangent is None else forward_ad.make_dual(output, tangent)
