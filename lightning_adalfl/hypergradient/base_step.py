@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_adalfl.config import check_method
 from lightning_adalfl.hypergradient.forward_trace import ForwardTrace
 from lightning_adalfl.hypergradient.functional import FunctionalModel, Predict
 from lightning_adalfl.hypergradient.gradient_clipping import GradientTransform
@@ -16,8 +17,6 @@ from lightning_adalfl.hypergradient.optimizer_adjoint import OptimizerAdjoint, o
 from lightning_adalfl.hypergradient.random_state import RandomState
 from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerSnapshot, check_optimizer
 from lightning_adalfl.hypergradient.tangent_rules import PrimalTape, RecordPrimals
-
-Method = Literal["forward", "finite_difference", "reverse"]
 
 
 class BaseStep:
@@ -141,12 +140,6 @@ class BaseStep:
         self.snapshot = None
         self.transform = None
         self._adjoint = None
-
-
-def check_method(method: str) -> None:
-    """Raise a ``ValueError`` unless ``method`` names a way to compute the hypergradient."""
-    if method not in get_args(Method):
-        raise ValueError(f"`hypergradient` must be one of {', '.join(map(repr, get_args(Method)))}; got {method!r}.")
 
 
 def _default_predict(model: nn.Module) -> Predict:

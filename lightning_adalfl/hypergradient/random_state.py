@@ -51,6 +51,23 @@ class RandomState:
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
+    def to_plain(self) -> dict[str, Any]:
+        """Return tensors and plain containers, which a checkpoint may hold."""
+        # int64, since not every version of torch can save NumPy's uint32.
+        keys = torch.from_numpy(self.numpy["state"]["key"].astype(np.int64))
+        numpy = {**self.numpy, "state": {**self.numpy["state"], "key": keys}}
+        return {"python": self.python, "numpy": numpy, "cpu": self.cpu, "accelerator": self.accelerator}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any], device: torch.device) -> RandomState:
+        """Rebuild what :meth:`to_plain` returned."""
+        version, internal, gauss = plain["python"]
+        keys = plain["numpy"]["state"]["key"].cpu().numpy().astype(np.uint32)
+        numpy = {**plain["numpy"], "state": {**plain["numpy"]["state"], "key": keys}}
+        accelerator = plain["accelerator"] if device.type != "cpu" else None
+        cpu = plain["cpu"].cpu()
+        return cls((version, tuple(internal), gauss), numpy, cpu, device, accelerator)
+
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Run the body from this state; afterwards the generators are as they were before it."""

@@ -1,0 +1,184 @@
+"""Every hyper-parameter of the method in one place."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_adalfl.losses.pairing import check_task
+
+Method = Literal["forward", "finite_difference", "reverse"]
+Representation = Literal[
+    "network",
+    "ml3",
+    "taylor_cubic",
+    "taylor_quadratic",
+    "taylor_cubic_target_powers",
+    "taylor_quadratic_target_powers",
+]
+Learn = Literal["loss", "lr", "both"]
+MetaData = Literal["val", "train"]
+
+
+def check_method(method: str) -> None:
+    """Raise a ``ValueError`` unless ``method`` names a way to compute the hypergradient."""
+    _check_choice("hypergradient", method, Method)
+
+
+@dataclass(frozen=True)
+class AdaLFLConfig:
+    """The hyper-parameters of AdaLFL; checks itself.
+
+    Attributes:
+        task: How predictions and targets become pairs, and the default task loss: ``"multiclass"``, ``"binary"``,
+            ``"multilabel"`` or ``"regression"``.
+        task_loss: The meta-objective L_T, ``task_loss(predictions, target) -> scalar``, or its import path such as
+            ``"torch.nn.functional.l1_loss"``. By default cross-entropy, or the mean squared error for regression.
+        representation: ``"network"`` (section 2.2), ``"ml3"`` (ReLU and Softplus), or a Taylor polynomial:
+            ``"taylor_cubic"``, ``"taylor_quadratic"``, and both with ``"_target_powers"`` behind; see :class:`TaylorLoss`.
+        output_activation: Of ``"network"``, or ``None``.
+        bias: Whether ``"network"`` has biases.
+        weight_init: Of ``"network"``: ``"kaiming_normal"`` or ``"xavier_uniform"``.
+        reduction: Over the outputs: ``"mean"`` (Eq. 3) or ``"sum"``.
+        meta_lr: η, the learning rate of φ online.
+        lr_meta_lr: The learning rate of log α, for ``learn="lr"`` and ``"both"``.
+        meta_optimizer: A class of ``torch.optim`` by its name.
+        meta_every: A meta step after every this many base steps.
+        meta_data: Where meta batches come from: ``"val"``, the validation data, or ``"train"``.
+        meta_batch_size: Instances in a meta batch; by default the batch size of the loader that they come from.
+        base_fraction: The part of the base batch that the Jacobian-vector product is taken on, chosen at random.
+        hypergradient: ``"forward"`` (exact, forward-mode AD), ``"finite_difference"`` (cheapest, approximate; no AD needed) or
+            ``"reverse"`` (exact, a double backward through the model; the reference).
+        learn: ``"loss"``, ``"lr"`` (the learning rate alone: MetaLR, Algorithms 3 and 4) or ``"both"``.
+        online: Whether φ goes on learning in training (Algorithm 2); ``False`` after an offline phase is ML³.
+
+    Raises:
+        ValueError: For a value out of range or an unknown name.
+        TypeError: For a value of the wrong type.
+    """
+
+    task: str
+    task_loss: Callable[[Tensor, Tensor], Tensor] | str | None = None
+    representation: str = "network"
+    output_activation: str | None = None
+    bias: bool = False
+    weight_init: str = "kaiming_normal"
+    reduction: str = "mean"
+    meta_lr: float = 1e-5
+    lr_meta_lr: float = 1e-3
+    meta_optimizer: str = "Adam"
+    meta_every: int = 1
+    meta_data: str = "val"
+    meta_batch_size: int | None = None
+    base_fraction: float = 1.0
+    hypergradient: str = "forward"
+    learn: str = "loss"
+    online: bool = True
+
+    def __post_init__(self) -> None:
+        check_task(self.task)
+        _check_choice("representation", self.representation, Representation)
+        _check_choice("reduction", self.reduction, Literal["mean", "sum"])
+        _check_choice("learn", self.learn, Learn)
+        _check_choice("meta_data", self.meta_data, MetaData)
+        check_method(self.hypergradient)
+        _check_positive("meta_lr", self.meta_lr)
+        _check_positive("lr_meta_lr", self.lr_meta_lr)
+        _check_count("meta_every", self.meta_every)
+        if self.meta_batch_size is not None:
+            _check_count("meta_batch_size", self.meta_batch_size)
+        _check_positive("base_fraction", self.base_fraction)
+        if self.base_fraction > 1:
+            raise ValueError(f"`base_fraction` must lie in (0, 1], a part of the batch; got {self.base_fraction}.")
+        for name in ("bias", "online"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False; got {getattr(self, name)!r}.")
+        optimizer = getattr(torch.optim, str(self.meta_optimizer), None)
+        if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer) and optimizer is not Optimizer):
+            raise ValueError(
+                f"`meta_optimizer` must name a class of torch.optim, such as 'Adam'; got {self.meta_optimizer!r}."
+            )
+        if isinstance(self.task_loss, str):
+            object.__setattr__(self, "task_loss", _imported(self.task_loss))
+        elif self.task_loss is not None and not callable(self.task_loss):
+            raise TypeError(f"`task_loss` must be callable, an import path, or None; got {self.task_loss!r}.")
+
+    @property
+    def learns_loss(self) -> bool:
+        """Whether φ is learned."""
+        return self.learn != "lr"
+
+    @property
+    def learns_lr(self) -> bool:
+        """Whether the base learning rate is learned."""
+        return self.learn != "loss"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, fit for a checkpoint, a YAML file or a logger.
+
+        A ``task_loss`` becomes its import path; one that has none (a lambda, a local function) is left out and must be given
+        again where the dictionary is read.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if callable(self.task_loss):
+            values["task_loss"] = _import_path(self.task_loss)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdaLFLConfig:
+        """Build a configuration from what :meth:`to_dict` returned.
+
+        Raises:
+            ValueError: For a key that is no field.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"`adalfl` has unknown fields {unknown}; known are {sorted(known)}.")
+        return cls(**values)
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, get_args(choices)))}; got {value!r}.")
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number; got {value!r}.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be positive and finite; got {value}.")
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be a whole number; got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be 1 or more; got {value}.")
+
+
+def _imported(path: str) -> Callable[[Tensor, Tensor], Tensor]:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name) if module else None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"`task_loss` {path!r} cannot be imported: {error}.") from error
+    if not callable(found):
+        raise ValueError(f"`task_loss` must be the import path of a function, such as 'torch.nn.functional.l1_loss'; got {path!r}.")
+    return found
+
+
+def _import_path(function: Callable[..., Any]) -> str | None:
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    try:
+        found = getattr(importlib.import_module(module), name, None) if module and name.isidentifier() else None
+    except ImportError:
+        found = None
+    return f"{module}.{name}" if found is function else None
