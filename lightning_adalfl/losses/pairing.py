@@ -40,7 +40,8 @@ def to_pairs(task: str, predictions: Tensor, target: Tensor) -> tuple[Tensor, Te
     if predictions.numel() == 0:
         raise ValueError(f"`predictions` must hold at least one instance; got shape {tuple(predictions.shape)}.")
     if task == "multiclass":
-        return torch.softmax(predictions, dim=1), _class_indicators(predictions, target)
+        indicators = _class_indicators(predictions, target)  # first, since it checks the shapes
+        return torch.softmax(predictions, dim=1), indicators
     if predictions.shape != target.shape:
         raise ValueError(
             f"`target` must have the shape of `predictions` for task {task!r}, {tuple(predictions.shape)}; "
