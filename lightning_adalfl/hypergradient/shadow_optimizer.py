@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 State = list[dict[str, Any]]
+
+# State that counts steps and depends on no gradient.
+COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
 
 DIFFERENTIABLE_OPTIMIZERS = "SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adadelta, Adamax, ASGD or Rprop"
 
@@ -83,7 +87,8 @@ class OptimizerSnapshot:
                 "param_groups": groups,
             }
         )
-        shadow.step()
+        with _counting_in_double():
+            shadow.step()
         return moved, [shadow.state.get(p, {}) for p in moved]
 
     def _complete_momentum(
@@ -103,8 +108,25 @@ class _DefaultState(dict[Tensor, dict[str, Any]]):
         return self.setdefault(key, {})
 
 
+@contextmanager
+def _counting_in_double() -> Iterator[None]:
+    """Let an optimizer without state create its counters in double precision; parameters give everything else its dtype."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
 def _copy_state(state: dict[str, Any], keep_graph: bool = False) -> dict[str, Any]:
-    return {
-        k: (v.clone() if keep_graph else v.detach().clone()) if isinstance(v, Tensor) else copy.copy(v)
-        for k, v in state.items()
-    }
+    copied = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            copied[key] = copy.copy(value)
+        else:
+            # A plain step corrects its bias in Python's doubles, a differentiable one in the precision of its counters.
+            double = key in COUNTERS and value.is_floating_point() and value.device.type == "cpu"
+            value = value if keep_graph else value.detach()
+            copied[key] = value.to(torch.float64, copy=True) if double else value.clone()
+    return copied

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_adalfl.hypergradient.base_step import BaseStep
-from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerSnapshot, State
+from lightning_adalfl.hypergradient.shadow_optimizer import COUNTERS, OptimizerSnapshot, State
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 # The adjoint of entry `key` of parameter `index`'s optimizer state, by (index, key).
@@ -152,6 +152,8 @@ def _states(step: BaseStep) -> dict[int, dict[str, Any]]:
 
 def _requiring_grad(state: dict[str, Any]) -> dict[str, Any]:
     return {
-        k: v.detach().clone().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim else v
+        k: v.detach().clone().requires_grad_()
+        if isinstance(v, Tensor) and v.is_floating_point() and k not in COUNTERS
+        else v
         for k, v in state.items()
     }
