@@ -6,15 +6,20 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, Sampler, Subset
 
+from lightning_adalfl.config import AdaLFLConfig
+
 
 class EndlessBatches:
     """Goes through a loader again and again, reshuffled each time, and can say where it is.
+
+    It seeds torch's global generator at each pass, so draw from it under a random stream of its own.
 
     Args:
         loader: A loader from :func:`private_loader`, or the user's own.
@@ -51,11 +56,12 @@ class EndlessBatches:
         )
 
     def _start(self) -> Iterator[Any]:
+        torch.manual_seed(self._seed + self._epoch)  # a user's loader may draw its order from the global generator
         for generator, sampler in _drawing(self._loader):
             if generator is not None:
                 generator.manual_seed(self._seed + self._epoch)
             if isinstance(sampler, DistributedSampler):
-                sampler.set_epoch(self._epoch)
+                sampler.set_epoch(self._seed + self._epoch)
         return iter(self._loader)
 
     def state_dict(self) -> dict[str, int]:
@@ -70,8 +76,52 @@ class EndlessBatches:
             next(self)
 
 
+def private_meta_loader(trainer: pl.Trainer, config: AdaLFLConfig) -> Any:
+    """Return a loader of one's own for meta batches, over the validation or the training data.
+
+    Raises:
+        MisconfigurationException: If there are no validation data, or several validation loaders.
+    """
+    if config.meta_data == "train":
+        return private_train_loader(trainer, config.meta_batch_size)
+    # Lightning keeps the loaders given to `fit` here alone until its loops begin.
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    loaders = source.dataloader() if source.is_defined() and source.instance is not None else None
+    if loaders is None:
+        raise MisconfigurationException(
+            "`meta_data='val'` needs validation data, and there is no validation loader. Give one to `fit`, set "
+            "`AdaLFLConfig(meta_data='train')`, or override `adalfl_meta_dataloader()`."
+        )
+    if not isinstance(loaders, DataLoader) and isinstance(loaders, (list, tuple)) and len(loaders) == 1:
+        loaders = loaders[0]
+    if not isinstance(loaders, DataLoader):
+        raise MisconfigurationException(
+            f"`meta_data='val'` needs one validation DataLoader; got {type(loaders).__name__}. Say which data the meta-objective "
+            "uses by overriding `adalfl_meta_dataloader()`."
+        )
+    return private_loader(
+        loaders, "the meta-objective", config.meta_batch_size, trainer.limit_val_batches, _replicas(trainer)
+    )
+
+
+def private_train_loader(trainer: pl.Trainer, batch_size: int | None = None) -> Any:
+    """Return a shuffling loader of one's own over the training data."""
+    source = trainer.fit_loop._data_source
+    return private_loader(
+        source.dataloader(), "the training data", batch_size, trainer.limit_train_batches, _replicas(trainer)
+    )
+
+
+def _replicas(trainer: pl.Trainer) -> tuple[int, int]:
+    return trainer.world_size, trainer.global_rank
+
+
 def private_loader(
-    loaders: Any, *, purpose: str, batch_size: int | None = None, limit: float | int | None = None, replicas: tuple[int, int] = (1, 0)
+    loaders: Any,
+    purpose: str,
+    batch_size: int | None = None,
+    limit: float | int | None = None,
+    replicas: tuple[int, int] = (1, 0),
 ) -> Any:
     """Return a shuffling loader over the same data sets, which shares no iterator, worker or generator with the user's.
 
@@ -146,3 +196,10 @@ def _rebuilt(
 def _drawing(loader: Any) -> list[tuple[torch.Generator | None, Any]]:
     loaders = loader.flattened if isinstance(loader, CombinedLoader) else [loader]
     return [(getattr(item, "generator", None), getattr(item, "sampler", None)) for item in loaders]
+
+
+def moved_to_device(module: pl.LightningModule, batch: Any) -> Any:
+    """Pass a batch through the precision's and the module's own transfer hooks."""
+    batch = module.trainer.precision_plugin.convert_input(batch)
+    batch = module.on_before_batch_transfer(batch, 0)
+    return module.trainer.strategy.batch_to_device(batch, module.device, 0)

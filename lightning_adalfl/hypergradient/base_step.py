@@ -38,6 +38,9 @@ class BaseStep:
             (one more forward, no AD) or ``"reverse"`` (the unrolled reference).
         chained: Keep the optimizer's state too, as the steps of an inner loop (S_inner > 1) need it.
 
+    Attributes:
+        accumulate: What the loss of each accumulated forward is divided by; by default their number.
+
     Raises:
         ValueError: For an unknown method, or an optimizer that it cannot see through.
     """
@@ -60,6 +63,7 @@ class BaseStep:
         if not self.parameters:
             raise ValueError("`optimizer` holds no parameter that requires a gradient; unfreeze a part of the model.")
         self.model = FunctionalModel(model, self.parameters, predict or _default_predict(model))
+        self.accumulate: int | None = None
         self.traces: list[ForwardTrace] = []
         self.active: list[int] = []
         self.before: list[Tensor] = []
@@ -118,6 +122,11 @@ class BaseStep:
         """Take the base step, recorded."""
         self.before_step(transform)
         self.optimizer.step()
+
+    @property
+    def divisor(self) -> int:
+        """What each forward's loss is divided by before its gradient is accumulated."""
+        return self.accumulate or len(self.traces)
 
     def values_before(self) -> dict[int, Tensor]:
         """Return θ_t of the parameters that the step moved, by their index in ``parameters``."""

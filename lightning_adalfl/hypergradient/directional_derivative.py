@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
@@ -36,6 +38,7 @@ def forward_mode(
     Raises:
         ForwardModeError: If an operation has no forward-mode derivative; says what works instead.
     """
+    _load_decompositions()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(forward_ad.dual_level())
@@ -56,6 +59,14 @@ def forward_mode(
             raise _no_forward_mode(error) from error
         tangent = forward_ad.unpack_dual(predictions).tangent
         return torch.zeros_like(trace.predictions) if tangent is None else tangent
+
+
+@functools.cache
+def _load_decompositions() -> None:
+    # torch scripts some decompositions at the first dual tensor, and warns that scripting is deprecated.
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore")
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def _no_forward_mode(error: Exception) -> ForwardModeError:

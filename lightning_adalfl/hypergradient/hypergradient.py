@@ -41,6 +41,7 @@ def hypergradient(
     *,
     all_reduce: AllReduce | None = None,
     epsilon: float = 1e-2,
+    loss_scale: float = 1.0,
 ) -> Hypergradient:
     """Differentiate the task loss after the recorded base step(s) by the parameters φ of the loss that caused them.
 
@@ -55,6 +56,7 @@ def hypergradient(
         all_reduce: Averages a list of tensors over processes in place; called for v before it is contracted, and for the
             result.
         epsilon: For ``"finite_difference"``: how far the parameters are moved, in Euclidean norm.
+        loss_scale: A factor on L_T during its backward, taken out of v again, against underflow in half precision.
 
     Raises:
         ValueError: If a step was not recorded.
@@ -69,7 +71,7 @@ def hypergradient(
         by_phi, log_lr, value = unrolled(chain, loss, phi, task_loss, meta_batch)
         return _reduced(Hypergradient(by_phi, log_lr, value), all_reduce)
 
-    value, vector = _meta_gradient(last, task_loss, meta_batch)
+    value, vector = _meta_gradient(last, task_loss, meta_batch, loss_scale)
     if all_reduce is not None:
         all_reduce(vector)
     log_lr = _by_log_lr(last, vector)
@@ -84,14 +86,19 @@ def hypergradient(
     return _reduced(Hypergradient(tuple(total), log_lr, value), all_reduce)
 
 
-def _meta_gradient(step: BaseStep, task_loss: Objective, meta_batch: Any) -> tuple[Tensor, list[Tensor]]:
+def _meta_gradient(
+    step: BaseStep, task_loss: Objective, meta_batch: Any, loss_scale: float
+) -> tuple[Tensor, list[Tensor]]:
     """Return L_T and ``v = ∇_θ L_T(y_v, f_{θ_{t+1}}(x_v))``: one ordinary forward and backward."""
     with torch.enable_grad():
         predictions, target = step.model(meta_batch, step.model.buffers())
         value = task_loss(predictions, target)
-        gradients = torch.autograd.grad(value, step.parameters, allow_unused=True)
+        gradients = torch.autograd.grad(value * loss_scale, step.parameters, allow_unused=True)
     # A parameter that the meta batch did not use has the gradient zero.
-    return value.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(step.parameters, gradients)]
+    vector = [torch.zeros_like(p) if g is None else g for p, g in zip(step.parameters, gradients)]
+    if loss_scale != 1.0:
+        torch._foreach_div_(vector, loss_scale)
+    return value.detach(), vector
 
 
 def _by_log_lr(step: BaseStep, vector: Sequence[Tensor]) -> Tensor:
@@ -120,7 +127,7 @@ def _by_phi(
             h = forward_mode(step.model, trace, parameters, direction)
         else:
             h = finite_difference(step.model, trace, parameters, size)
-        torch._foreach_add_(total, _contract(loss, phi, trace, h), alpha=1.0 / len(step.traces))
+        torch._foreach_add_(total, _contract(loss, phi, trace, h), alpha=1.0 / step.divisor)
     return total
 
 

@@ -77,3 +77,23 @@ class RandomState:
             yield
         finally:
             before.restore()
+
+
+class RandomStream:
+    """A stream of random numbers of its own: bodies run under it go on where the last one stopped.
+
+    Args:
+        state: Where the stream begins.
+    """
+
+    def __init__(self, state: RandomState) -> None:
+        self.state = state
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Run the body on this stream; the generators outside it do not notice."""
+        with self.state.replayed():
+            try:
+                yield
+            finally:
+                self.state = RandomState.capture(self.state.device)

@@ -125,7 +125,7 @@ def _differentiable_step(
     for trace in step.traces:
         with trace.random_state.replayed():
             predictions, target = step.model(trace.batch, trace.buffers, values)
-        objective = loss(predictions, target) / len(step.traces)
+        objective = loss(predictions, target) / step.divisor
         parts = torch.autograd.grad(objective, inner, create_graph=True, allow_unused=True)
         gradients = [total if part is None else total + part for total, part in zip(gradients, parts)]
     if step.transform is not None:

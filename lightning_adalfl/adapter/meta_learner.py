@@ -1,0 +1,156 @@
+"""The submodule ``adalfl`` of a user's module: φ, the learned rate, and the meta optimizer that moves them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_adalfl.config import AdaLFLConfig
+from lightning_adalfl.hypergradient import Hypergradient
+from lightning_adalfl.losses.base import LearnedLoss
+from lightning_adalfl.losses.representations import build_loss
+from lightning_adalfl.losses.task_losses import TaskLoss, default_task_loss
+
+if TYPE_CHECKING:
+    from lightning_adalfl.adapter.online_run import OnlineRun
+
+
+class MetaLearner(nn.Module):
+    """What is meta-learned, and how.
+
+    Args:
+        config: The hyper-parameters.
+
+    Attributes:
+        loss: The learned loss M_φ; ``None`` if the learning rate alone is learned.
+        log_lr_scale: s, where the base optimizer steps with α·exp(s); learned for ``learn="lr"`` and ``"both"``.
+        base_steps: Base steps taken.
+        meta_steps: Meta steps taken online.
+        skipped_meta_steps: Meta steps left out because the hypergradient was not finite.
+        initialised: Whether an offline phase has run.
+        run: What lives for the length of one fit.
+        resumed: Where the fit that a checkpoint was written by stood, until the next one has taken it over.
+    """
+
+    def __init__(self, config: AdaLFLConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.task_loss: TaskLoss = config.task_loss or default_task_loss(config.task)  # type: ignore[assignment]
+        self.loss: LearnedLoss | None = build_loss(config) if config.learns_loss else None
+        if config.learns_lr:
+            self.log_lr_scale = nn.Parameter(torch.zeros(()))
+        self.base_steps = 0
+        self.meta_steps = 0
+        self.skipped_meta_steps = 0
+        self.initialised = False
+        self.run: OnlineRun | None = None
+        self.resumed: dict[str, Any] | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer_state: dict[str, Any] | None = None
+        # A checkpoint of the plain module has no φ; it loads as it is, and φ keeps its values.
+        self.register_load_state_dict_pre_hook(_fill_missing)
+
+    def objective(self, predictions: Tensor, target: Tensor) -> Tensor:
+        """Return what the base step descends: M_φ with φ held fixed, or the task loss."""
+        if self.loss is None:
+            return self.task_loss(predictions, target)
+        # Detached, so that the base backward leaves no gradient in φ.
+        phi = {name: p.detach() for name, p in self.loss.named_parameters()}
+        return torch.func.functional_call(self.loss, phi, (predictions, target))
+
+    @property
+    def lr_scale(self) -> float:
+        """exp(s), the factor on the base optimizer's learning rates."""
+        return float(self.log_lr_scale.detach().exp()) if self.config.learns_lr else 1.0
+
+    def start(self, meta_lr: float, lr_meta_lr: float) -> None:
+        """Make a fresh meta optimizer, with state from a checkpoint if there is one."""
+        groups: list[dict[str, Any]] = []
+        if self.loss is not None:
+            groups.append({"params": list(self.loss.parameters()), "lr": meta_lr})
+        if self.config.learns_lr:
+            groups.append({"params": [self.log_lr_scale], "lr": lr_meta_lr})
+        self._optimizer = getattr(torch.optim, self.config.meta_optimizer)(groups)
+        if self._optimizer_state is not None:
+            self._optimizer.load_state_dict(self._optimizer_state)
+            self._optimizer_state = None
+
+    def stop(self) -> None:
+        """Drop the run and the meta optimizer, with its state kept for a later fit."""
+        self.run = None
+        if self._optimizer is not None:
+            self._optimizer_state = self._optimizer.state_dict()
+        self._optimizer = None
+
+    def step(self, gradient: Hypergradient) -> Tensor:
+        """Take a meta step (Eq. 8); leave it out if the hypergradient is not finite.
+
+        Returns:
+            The hypergradient's Euclidean norm.
+        """
+        if self._optimizer is None:
+            raise RuntimeError("the meta optimizer has not been started; call `start` first.")
+        gradients = list(gradient.loss)
+        if self.config.learns_lr:
+            gradients.append(gradient.log_lr.sum().to(self.log_lr_scale.dtype))
+        norm = torch.stack([g.float().norm() for g in gradients]).norm()
+        if not torch.isfinite(norm):
+            self.skipped_meta_steps += 1
+            if self.skipped_meta_steps == 1:
+                rank_zero_warn(
+                    f"The hypergradient at base step {self.base_steps} is not finite, so its meta step was left out; further ones "
+                    "are counted in `adalfl/skipped_meta_steps`. Lower the base learning rate or clip the gradient."
+                )
+            return norm
+        for parameter, g in zip(self.learned_parameters(), gradients):
+            parameter.grad = g
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.meta_steps += 1
+        return norm
+
+    def learned_parameters(self) -> list[nn.Parameter]:
+        """Return φ, and s where it is learned, in the order of a hypergradient."""
+        parameters = [] if self.loss is None else list(self.loss.parameters())
+        return [*parameters, self.log_lr_scale] if self.config.learns_lr else parameters
+
+    def progress(self) -> dict[str, Any]:
+        """Return counters and the meta optimizer's state, in plain containers."""
+        state = self._optimizer_state if self._optimizer is None else self._optimizer.state_dict()
+        return {
+            "base_steps": self.base_steps,
+            "meta_steps": self.meta_steps,
+            "skipped_meta_steps": self.skipped_meta_steps,
+            "initialised": self.initialised,
+            "meta_optimizer": state,
+        }
+
+    def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put φ into the checkpoint's ``state_dict``, where it is about to be loaded from, and take over the progress."""
+        saved = checkpoint.get("adalfl")
+        self.run = None
+        if saved is None:
+            return
+        checkpoint["state_dict"].update({f"adalfl.{name}": value for name, value in saved["state_dict"].items()})
+        self.load_progress(saved["progress"])
+        self.resumed = saved
+
+    def load_progress(self, progress: dict[str, Any]) -> None:
+        """Take over what :meth:`progress` returned."""
+        self.base_steps = progress["base_steps"]
+        self.meta_steps = progress["meta_steps"]
+        self.skipped_meta_steps = progress["skipped_meta_steps"]
+        self.initialised = progress["initialised"]
+        self._optimizer_state = progress["meta_optimizer"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the module, as weight averaging makes one, has no part in the fit that is under way.
+        return {**self.__dict__, "run": None}
+
+
+def _fill_missing(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if not any(key.startswith(prefix) for key in state_dict):
+        state_dict.update({prefix + name: value for name, value in module.state_dict().items()})

@@ -1,0 +1,167 @@
+"""What lives for the length of one fit: the recorded base step, the meta batches, and their random stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_adalfl.adapter.distributed import broadcast, mean_over_processes
+from lightning_adalfl.adapter.meta_batches import EndlessBatches, moved_to_device
+from lightning_adalfl.adapter.meta_learner import MetaLearner
+from lightning_adalfl.adapter.requirements import check_excluded, check_optimizers
+from lightning_adalfl.hypergradient import BaseStep, Hypergradient, hypergradient
+from lightning_adalfl.hypergradient.gradient_clipping import GradientTransform
+from lightning_adalfl.hypergradient.random_state import RandomState, RandomStream
+from lightning_adalfl.losses.task_losses import TaskLoss
+
+if TYPE_CHECKING:
+    from lightning_adalfl.mixin import AdaLFLMixin as AdaptiveModule
+
+
+class OnlineRun:
+    """Algorithm 2 over one fit: record the base step that Lightning takes, then take the meta step.
+
+    Args:
+        module: The user's module, with its trainer.
+        learner: Its ``adalfl``.
+    """
+
+    def __init__(self, module: AdaptiveModule, learner: MetaLearner) -> None:
+        self.module = module
+        self.learner = learner
+        self.trainer = module.trainer
+        self.optimizer = check_optimizers(self.trainer.optimizers)
+        config = learner.config
+        self.base_step = BaseStep(module, self.optimizer, module.adalfl_predict, config.hypergradient)
+        check_excluded(learner, self.optimizer)
+        # The order of the data must be one over processes; the dropout masks need not.
+        seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**31)
+        self.batches = EndlessBatches(module.adalfl_meta_dataloader(), seed) if config.online else None
+        self.stream = RandomStream(RandomState.seeded(seed + self.trainer.global_rank, module.device))
+        self.transform: GradientTransform | None = None
+        self.logged: dict[str, Tensor] = {}
+        self._reduce = mean_over_processes(self.trainer)
+        self._recorded = False
+        self._scale = 1.0
+        broadcast(learner, self.trainer)
+        learner.start(config.meta_lr, config.lr_meta_lr)
+
+    @property
+    def due(self) -> bool:
+        """Whether the base step now under way is followed by a meta step."""
+        config = self.learner.config
+        return config.online and (self.learner.base_steps + 1) % config.meta_every == 0
+
+    def predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Predict for the base step, recorded if a meta step is due."""
+        predict = self.base_step.forward if self.due else self.module.adalfl_predict
+        predictions, target = predict(batch)
+        if not isinstance(predictions, Tensor) or not isinstance(target, Tensor):
+            raise MisconfigurationException(
+                f"`adalfl_predict` must return two tensors (predictions, target); got {type(predictions).__name__} and "
+                f"{type(target).__name__}. Override it in {type(self.module).__name__} to pick them from the model's output."
+            )
+        return predictions, target
+
+    def skip(self) -> None:
+        """Forget the batch that was predicted last: the module's training step skips it."""
+        if self.base_step.traces:
+            self.base_step.traces.pop()
+
+    def observe(self, learned: Tensor, predictions: Tensor, target: Tensor) -> None:
+        """Note the learned loss and, where it is about to be logged, the implied learning rate (section 5.5)."""
+        self.logged["adalfl/learned_loss"] = learned.detach()
+        if "adalfl/implied_lr" in self.logged and (self.learner.base_steps + 1) % self.trainer.log_every_n_steps:
+            return
+        scale = implied_scale(self.learner.objective, self.learner.task_loss, predictions, target)
+        self.logged["adalfl/implied_lr"] = scale * float(self.optimizer.param_groups[0]["lr"]) * self.learner.lr_scale
+
+    def gradient_norm(self) -> Tensor:
+        """Return the Euclidean norm of the base gradient as it is now."""
+        gradients = [p.grad for p in self.base_step.parameters if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    @contextmanager
+    def learned_rate(self) -> Iterator[None]:
+        """Let the base optimizer step with α·exp(s) in the body; schedulers go on seeing α."""
+        scale = self.learner.lr_scale
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate * scale
+        yield
+        # A module's own `optimizer_step` may set a rate too; the factor is taken out of that one.
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate if group["lr"] == rate * scale else group["lr"]
+
+    def before_step(self) -> None:
+        """Keep what the step is about to change; Lightning calls it after unscaling and clipping."""
+        self._recorded = bool(self.base_step.traces) and self.due
+        self._scale = self._loss_scale()
+        if self._recorded:
+            self.base_step.accumulate = self.trainer.accumulate_grad_batches
+            self.base_step.before_step(self.transform)
+        self.transform = None
+
+    def after_step(self) -> None:
+        """Take the meta step that is due."""
+        if self._loss_scale() < self._scale:
+            # The gradient overflowed and the scaler left the base step out; there is nothing to differentiate.
+            self.base_step.clear()
+            return
+        recorded, self._recorded = self._recorded, False
+        if recorded:
+            gradient = self._hypergradient()
+            self.base_step.clear()
+            self.logged["adalfl/task_loss"] = gradient.task_loss
+            self.logged["adalfl/meta_grad_norm"] = self.learner.step(gradient)
+            if self.learner.skipped_meta_steps:
+                self.logged["adalfl/skipped_meta_steps"] = torch.tensor(float(self.learner.skipped_meta_steps))
+            if self.learner.config.learns_lr:
+                self.logged["adalfl/lr_scale"] = self.learner.log_lr_scale.detach().exp()
+        self.learner.base_steps += 1
+
+    def _hypergradient(self) -> Hypergradient:
+        learner = self.learner
+        with self.stream.drawing(), self.trainer.precision_plugin.train_step_context():
+            return hypergradient(
+                self.base_step,
+                learner.task_loss if learner.loss is None else learner.loss,
+                learner.task_loss,
+                moved_to_device(self.module, next(self.batches)),  # type: ignore[arg-type]
+                all_reduce=self._reduce,
+                loss_scale=self._scale,
+            )
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the meta batches and their random stream are."""
+        batches = None if self.batches is None else self.batches.state_dict()
+        return {"meta_batches": batches, "random_state": self.stream.state.to_plain()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        if self.batches is not None and state["meta_batches"] is not None:
+            with self.stream.drawing():
+                self.batches.load_state_dict(state["meta_batches"])
+        self.stream = RandomStream(RandomState.from_plain(state["random_state"], self.module.device))
+
+
+def implied_scale(objective: TaskLoss, task_loss: TaskLoss, predictions: Tensor, target: Tensor) -> Tensor:
+    """Return ``⟨m, τ⟩ / ⟨τ, τ⟩``: how far a step on the learned loss goes along the task loss's own, per unit of it.
+
+    m and τ are the gradients of the two losses by the predictions.
+    """
+    with torch.enable_grad():
+        leaf = predictions.detach().requires_grad_()
+        (learned,) = torch.autograd.grad(objective(leaf, target), leaf)
+        (handcrafted,) = torch.autograd.grad(task_loss(leaf, target), leaf)
+    learned, handcrafted = learned.float(), handcrafted.float()
+    return (learned * handcrafted).sum() / handcrafted.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
