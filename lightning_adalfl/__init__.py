@@ -1,5 +1,6 @@
 """Adaptive loss functions for PyTorch Lightning: the loss is learned while the model trains (AdaLFL)."""
 
+from lightning_adalfl.callbacks import AdaLFLInit
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.hypergradient import BaseStep, Hypergradient, hypergradient
 from lightning_adalfl.losses import LearnedLoss, LossNetwork, SmoothLeakyReLU, TaylorLoss
@@ -9,6 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaLFLConfig",
+    "AdaLFLInit",
     "AdaLFLMixin",
     "BaseStep",
     "Hypergradient",

@@ -21,6 +21,7 @@ from lightning_adalfl.adapter.checkpointing import restore, save
 from lightning_adalfl.adapter.forward_memo import ForwardMemo
 from lightning_adalfl.adapter.meta_batches import private_meta_loader
 from lightning_adalfl.adapter.meta_learner import MetaLearner
+from lightning_adalfl.adapter.offline_phase import draw_parameters
 from lightning_adalfl.adapter.online_run import OnlineRun
 from lightning_adalfl.adapter.requirements import accepts, check_module, check_strategy, warn_of_trained_on_metrics
 from lightning_adalfl.config import AdaLFLConfig
@@ -97,6 +98,13 @@ class AdaLFLMixin(pl.LightningModule):
     def adalfl_meta_dataloader(self) -> Any:
         """Return the loader of meta batches; by default a shuffling one over the validation or training data (`meta_data`)."""
         return private_meta_loader(self.trainer, self.adalfl.config)
+
+    def adalfl_reset_parameters(self) -> None:
+        """Draw the base parameters afresh, for the offline phase; by default ``reset_parameters`` of every submodule.
+
+        Parameters that no submodule draws keep their initial values.
+        """
+        draw_parameters(self, self.adalfl)
 
     # What Lightning calls.
 

@@ -78,10 +78,10 @@ class MetaLearner(nn.Module):
             self._optimizer.load_state_dict(self._optimizer_state)
             self._optimizer_state = None
 
-    def stop(self) -> None:
-        """Drop the run and the meta optimizer, with its state kept for a later fit."""
+    def stop(self, forget: bool = False) -> None:
+        """Drop the run and the meta optimizer, whose state is kept for a later fit unless it is to ``forget``."""
         self.run = None
-        if self._optimizer is not None:
+        if self._optimizer is not None and not forget:
             self._optimizer_state = self._optimizer.state_dict()
         self._optimizer = None
 

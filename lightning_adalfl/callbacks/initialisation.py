@@ -1,0 +1,111 @@
+"""The callback that runs the offline phase before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from tqdm.auto import tqdm
+
+from lightning_adalfl.adapter.imitation import imitate_task_loss
+from lightning_adalfl.adapter.meta_batches import private_train_loader
+from lightning_adalfl.adapter.offline_phase import OfflinePhase, untouched
+from lightning_adalfl.mixin import AdaLFLMixin
+
+
+class AdaLFLInit(Callback):
+    """Learns the loss offline in ``on_fit_start`` (Algorithm 1; Algorithm 3 for the learning rate).
+
+    Base parameters, buffers, optimizer state and random states are afterwards as if it had not run. It runs once: not on a
+    resumed run, nor in a second ``fit``. Under ``fast_dev_run`` it takes as many steps as that has batches.
+
+    Args:
+        steps: S_init, the meta steps; 0 for none.
+        lr: η, the learning rate of φ meanwhile.
+        inner_steps: S_inner, the base steps before each meta step.
+        reset: The base parameters before each meta step: ``"fresh"``, a new random draw by the submodules'
+            ``reset_parameters``, or ``"initial"``, those that training will begin with.
+        imitation_steps: Steps of fitting ∂M_φ/∂f to the gradient of the task loss first; they need no base model and a
+            second or so.
+        train_dataloader: Base batches, where they cannot be drawn from the training data, such as an IterableDataset.
+
+    Raises:
+        ValueError: For a value out of range.
+
+    Example::
+
+        Trainer(callbacks=[AdaLFLInit(steps=2500)]).fit(model, datamodule=data)
+    """
+
+    def __init__(
+        self,
+        steps: int = 2500,
+        lr: float = 1e-3,
+        inner_steps: int = 1,
+        reset: str = "fresh",
+        imitation_steps: int = 0,
+        train_dataloader: Any = None,
+    ) -> None:
+        for name, value, least in (
+            ("steps", steps, 0),
+            ("inner_steps", inner_steps, 1),
+            ("imitation_steps", imitation_steps, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be a whole number, {least} or more; got {value!r}.")
+        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
+            raise ValueError(f"`lr` must be a positive, finite number; got {lr!r}.")
+        if reset not in ("fresh", "initial"):
+            raise ValueError(f"`reset` must be 'fresh' or 'initial'; got {reset!r}.")
+        self.steps = steps
+        self.lr = lr
+        self.inner_steps = inner_steps
+        self.reset = reset
+        self.imitation_steps = imitation_steps
+        self.train_dataloader = train_dataloader
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a module without a learned loss."""
+        if not isinstance(pl_module, AdaLFLMixin):
+            raise MisconfigurationException(
+                f"AdaLFLInit needs a module with a learned loss; got {type(pl_module).__name__}. Put AdaLFLMixin left of it: "
+                f"class Ada{type(pl_module).__name__}(AdaLFLMixin, {type(pl_module).__name__})."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Run the offline phase, unless it has run."""
+        if not isinstance(pl_module, AdaLFLMixin) or pl_module.adalfl.initialised:
+            return
+        steps = min(self.steps, int(trainer.fast_dev_run)) if trainer.fast_dev_run else self.steps
+        learner = pl_module.adalfl
+        seed = int(trainer.strategy.broadcast(torch.initial_seed() % 2**31))
+        with untouched(pl_module):
+            loader = self.train_dataloader if self.train_dataloader is not None else private_train_loader(trainer)
+            phase = OfflinePhase(
+                pl_module,
+                loader,
+                pl_module.adalfl_meta_dataloader(),
+                self.lr,
+                self.inner_steps,
+                self.reset == "fresh",
+                seed,
+            )
+            if self.imitation_steps and learner.loss is not None:
+                imitate_task_loss(pl_module, phase.train_batches, self.imitation_steps)
+            bar = tqdm(range(steps), desc="Offline phase", disable=not self._shows(trainer), leave=False)
+            for step in bar:
+                task_loss = phase.step()
+                if step % 10 == 0:
+                    bar.set_postfix(task_loss=f"{task_loss:.4g}", refresh=False)
+        learner.stop(forget=True)
+        learner.initialised = True
+        rank_zero_info(f"Offline phase: {steps} meta steps.")
+
+    @staticmethod
+    def _shows(trainer: pl.Trainer) -> bool:
+        bar = trainer.progress_bar_callback
+        return trainer.is_global_zero and bar is not None and bar.is_enabled
