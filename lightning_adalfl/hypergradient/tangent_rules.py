@@ -1,13 +1,15 @@
 """Forward-mode rules for the layers that cost, with the base forward's own results as primals.
 
-``torch.autograd.forward_ad`` computes every layer's value again beside its tangent. The base step has computed that value
-already, so a convolution or matrix product needs two products and not three; and a BatchNorm's tangent needs two fused
-kernels and not ten element-wise ones. Every other function goes to torch's own rules.
+``torch.autograd.forward_ad`` computes every layer's value again beside its tangent. The base step has computed that
+value already, so a convolution or matrix product needs two products and not three, and an activation one cheap kernel;
+and a BatchNorm's tangent needs two fused kernels and not ten element-wise ones. Every other function goes to torch's
+own rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,20 +18,29 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-# Below this many multiplications an output value is cheaper to compute again than to keep in memory.
+# A result that took fewer multiplications a value is cheaper to compute again than to keep in memory ...
 KEEP_FROM_MULTIPLICATIONS = 512
+# ... unless there is little of it: of such results a tape keeps this many bytes.
+CHEAP_BYTES = 16 * 2**20
 
 
 class PrimalTape:
-    """The results of the base forward's convolutions and matrix products, in the order of their calls."""
+    """The results of the base forward's costly functions, in the order of their calls."""
 
     def __init__(self) -> None:
         self._results: list[tuple[Tensor, int] | None] = []
         self._next = 0
+        self._cheap_bytes = 0
 
-    def keep(self, result: Tensor | None) -> None:
-        """Append a result; ``None`` for one that is not worth its memory."""
-        self._results.append(None if result is None else (result.detach(), result._version))
+    def keep(self, result: Tensor, multiplications: int) -> None:
+        """Append a result that took so many multiplications a value, if it is worth its memory."""
+        if multiplications < KEEP_FROM_MULTIPLICATIONS:
+            size = result.numel() * result.element_size()
+            if self._cheap_bytes + size > CHEAP_BYTES:
+                self._results.append(None)
+                return
+            self._cheap_bytes += size
+        self._results.append((result.detach(), result._version))
 
     def take(self) -> Tensor | None:
         """Return the next result, or ``None`` if it was not kept or was overwritten in place since."""
@@ -57,8 +68,9 @@ class RecordPrimals(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func in _PRODUCTS:
             weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
-            worth_keeping = weight.numel() >= KEEP_FROM_MULTIPLICATIONS * weight.shape[0]
-            self.tape.keep(result if worth_keeping else None)
+            self.tape.keep(result, weight.numel() // weight.shape[0])
+        elif func in _AVERAGES or _is_activation(func, args, kwargs):
+            self.tape.keep(result, 1)
         return result
 
 
@@ -75,12 +87,29 @@ class ReplayPrimals(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _PRODUCTS:
             return _product(func, self.tape.take(), *args, **kwargs)
+        if _is_activation(func, args, kwargs):
+            return _activation(func, self.tape.take(), *args, **kwargs)
+        if func in _AVERAGES:
+            return _average(func, self.tape.take(), *args, **kwargs)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
 
 _PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+_AVERAGES = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
+# The derivative of each of these follows from its value y alone; the kernel returns it times the tangent.
+_ACTIVATIONS: dict[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]] = {
+    **dict.fromkeys((torch.tanh, Tensor.tanh), torch.ops.aten.tanh_backward),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), torch.ops.aten.sigmoid_backward),
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), partial(torch.ops.aten.threshold_backward, threshold=0)),
+}
+
+
+def _is_activation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+    # In place, the input must carry the tangent afterwards; torch sees to that.
+    in_place = args[1] if len(args) > 1 else (kwargs or {}).get("inplace", False)
+    return func in _ACTIVATIONS and not in_place
 
 
 def _unpack(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -116,9 +145,21 @@ def _product(
     if len(terms) == 2:
         tangent += terms[1]
     if b_tangent is not None:
-        channel_last = func is F.linear or primal.ndim == w.ndim - 1  # type: ignore[union-attr]
-        tangent = tangent + (b_tangent if channel_last else b_tangent.view(-1, *[1] * (w.ndim - 2)))  # type: ignore[union-attr]
+        tangent = tangent + b_tangent.view(-1, *[1] * (w.ndim - 2))  # type: ignore[union-attr]
     return forward_ad.make_dual(primal, tangent.to(primal.dtype))
+
+
+def _activation(func: Callable[..., Tensor], kept: Tensor | None, input: Tensor, inplace: bool = False) -> Tensor:
+    x, x_tangent = _unpack(input)
+    primal = func(x) if kept is None else kept
+    return primal if x_tangent is None else forward_ad.make_dual(primal, _ACTIVATIONS[func](x_tangent, primal))
+
+
+def _average(func: Callable[..., Tensor], kept: Tensor | None, input: Tensor, *options: Any, **more: Any) -> Tensor:
+    """Linear, so that the tangent of the average is the average of the tangent."""
+    x, x_tangent = _unpack(input)
+    primal = func(x, *options, **more) if kept is None else kept
+    return primal if x_tangent is None else forward_ad.make_dual(primal, func(x_tangent, *options, **more))
 
 
 def _batch_norm(
@@ -131,7 +172,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The Jacobian of normalisation is symmetric per channel, so the fused backward kernel is its forward mode as well."""
+    """The Jacobian of normalisation is symmetric per channel, so the fused backward kernel is its forward mode too."""
     x, x_tangent = _unpack(input)
     w, w_tangent = _unpack(weight)
     b, b_tangent = _unpack(bias)
