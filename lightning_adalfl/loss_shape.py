@@ -20,7 +20,9 @@ class PairwiseLoss(Protocol):
 
     task: str
 
-    def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor: ...
+    def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Returns ℓ_φ of each pair, in the shape of both."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +61,8 @@ class LossShape:
             raise ValueError(f"step={self.step} is negative; give the number of base steps taken.")
         if self.targets.ndim != 1 or self.grid.ndim != 1 or len(self.targets) < 1 or len(self.grid) < 2:
             raise ValueError(
-                f"targets of shape {tuple(self.targets.shape)} and a grid of shape {tuple(self.grid.shape)} do not span "
-                "a snapshot; give one target or more and two grid points or more, each as a vector."
+                f"targets of shape {tuple(self.targets.shape)} and a grid of shape {tuple(self.grid.shape)} do not "
+                "span a snapshot; give one target or more and two grid points or more, each as a vector."
             )
         for name in ("loss", "slope"):
             _expect_shape(name, getattr(self, name), (len(self.targets), len(self.grid)))
@@ -84,7 +86,7 @@ def evaluate_loss_shape(
     targets: Sequence[float] = (0.0, 0.5, 1.0),
     error_range: float = 1.0,
 ) -> LossShape:
-    """Evaluates a learned loss and its slope on a grid, in the precision of φ; changes no gradient, mode or random state.
+    """Evaluates a learned loss and its slope on a grid, in φ's precision; changes no gradient, mode or random state.
 
     Args:
         loss: The learned loss ℓ_φ.
@@ -119,9 +121,7 @@ def evaluate_loss_shape(
     return LossShape("regression", step, target, grid, values, slope, heat_targets, heat_predictions, heat_loss)
 
 
-def _loss_and_slope(
-    loss: PairwiseLoss, prediction: Tensor, target: Tensor, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def _loss_and_slope(loss: PairwiseLoss, prediction: Tensor, target: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     # callbacks may run without gradients or under autocast; the slope needs the one and must not see the other
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(like.device.type, enabled=False):
         prediction = prediction.to(like).contiguous().clone().requires_grad_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -11,8 +12,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FixedLocator, MaxNLocator
+from torch import Tensor
 
 from lightning_adalfl.loss_shape import CLASSIFICATION_TASKS, LossShape
 
@@ -56,12 +59,13 @@ def plot_loss_shapes(history: Iterable[LossShape], *, title: str | None = None) 
     steps = np.array([shape.step for shape in shapes])
     targets, grid = newest.targets.numpy(), newest.grid.numpy().astype(float)
     loss = np.stack([_relative_loss(shape) for shape in shapes])  # (snapshots, targets, grid)
-    slope = np.stack([shape.slope.numpy().astype(float) for shape in shapes])
+    slope = np.stack([_drawable(shape.slope) for shape in shapes])
     handcrafted, handcrafted_slope = _handcrafted(newest)
     factor = _fit_factor(handcrafted, loss[-1])
 
     columns = len(targets)
-    figure = Figure(figsize=(max(8.0, 2.7 * columns + 1.2), 5.8), dpi=110, layout="constrained")
+    layout = ConstrainedLayoutEngine(wspace=0.05)  # room between a 1.0 and the next panel's -1.0
+    figure = Figure(figsize=(max(8.0, 2.7 * columns + 1.2), 5.8), dpi=110, layout=layout)
     axes = figure.subplots(2, columns, sharex=True, sharey="row", squeeze=False)
     colours = Normalize(steps[0], max(steps[-1], steps[0] + 1))
     for column, target in enumerate(targets):
@@ -99,7 +103,7 @@ def plot_loss_heatmap(shape: LossShape, *, title: str | None = None) -> Figure:
             "plot_loss_shapes for classification."
         )
     targets, predictions = shape.heat_targets.numpy(), shape.heat_predictions.numpy()
-    values = shape.heat_loss.numpy().astype(float)
+    values = _drawable(shape.heat_loss)
     values = values - _at(predictions, values, targets)[:, None]
     figure = Figure(figsize=(6.4, 4.6), dpi=110, layout="constrained")
     axes = figure.subplots()
@@ -119,9 +123,15 @@ def plot_loss_heatmap(shape: LossShape, *, title: str | None = None) -> Figure:
 
 def _relative_loss(shape: LossShape) -> np.ndarray:
     """ℓ_φ less its value at the correct prediction: f = y for classification, an error of 0 for regression; (T, G)."""
-    grid, loss = shape.grid.numpy(), shape.loss.numpy().astype(float)
+    grid, loss = shape.grid.numpy(), _drawable(shape.loss)
     correct = shape.targets.numpy() if shape.task in CLASSIFICATION_TASKS else np.zeros(len(loss))
     return loss - _at(grid, loss, correct)[:, None]
+
+
+def _drawable(values: Tensor) -> np.ndarray:
+    """In double precision, with a gap where a value is not finite."""
+    array = values.numpy().astype(float)
+    return np.where(np.isfinite(array), array, np.nan)
 
 
 def _at(grid: np.ndarray, rows: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -129,7 +139,7 @@ def _at(grid: np.ndarray, rows: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def _lowest(grid: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Where each row is lowest, to less than a grid step: the vertex of the parabola through its three lowest points."""
+    """Where each row is lowest, to less than a grid step: the vertex of the parabola through its lowest points."""
     centre = rows.argmin(axis=1)
     inner = centre.clip(1, len(grid) - 2)
     left, middle, right = (np.take_along_axis(rows, (inner + i)[:, None], axis=1)[:, 0] for i in (-1, 0, 1))
@@ -152,7 +162,7 @@ def _handcrafted(shape: LossShape) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fit_factor(handcrafted: np.ndarray, learned: np.ndarray) -> float:
-    """The factor c > 0 that minimises |c · handcrafted - learned|²; where none does, the one that makes them as large."""
+    """The factor c > 0 that minimises |c · handcrafted - learned|²; if there is none, the one of equal norms."""
     seen = np.isfinite(learned)
     size = float((handcrafted[seen] ** 2).sum())
     if size == 0 or not learned[seen].any():
@@ -168,12 +178,13 @@ def _draw_curves(
     lines = [np.column_stack([grid, curve]) for curve in curves]
     axes.add_collection(LineCollection(lines, array=steps, cmap=_COLOURS, norm=colours, linewidths=1.5))
     # the newest is the one that trains the model; its outline keeps the light end of the map apart from the paper
-    outline = [Stroke(linewidth=3.6, foreground=_GREY), Normal()]
-    axes.plot(grid, curves[-1], color=_COLOURS(colours(steps[-1])), lw=2.2, path_effects=outline, label="newest")
+    outline = [Stroke(linewidth=3.0, foreground=_GREY), Normal()]
+    axes.plot(grid, curves[-1], color=_COLOURS(colours(steps[-1])), lw=1.9, path_effects=outline, label="newest")
     axes.plot(grid, dashed, "--", color=_GREY, lw=1.4, zorder=3)
 
 
 def _label_column(upper: Axes, lower: Axes, task: str, target: float, factor: float) -> None:
+    corner: Literal["upper left", "upper center", "upper right"]
     if task in CLASSIFICATION_TASKS:
         formula, corner = (r"$-\log f$", "upper right") if target == 1 else (r"$-\log(1-f)$", "upper left")
         lower.set(xlabel="predicted probability f", xlim=(0, 1))
@@ -181,13 +192,13 @@ def _label_column(upper: Axes, lower: Axes, task: str, target: float, factor: fl
         formula, corner = r"$(f-y)^2$", "upper center"
         lower.set(xlabel="error f − y", xlim=lower.dataLim.intervalx)
     upper.set_title(f"target y = {target:g}", fontsize=10)
-    upper.lines[-1].set_label(f"{formula} × {factor:.3g}")
+    upper.lines[-1].set_label(f"handcrafted: {formula} × {factor:.3g}")
     upper.legend(loc=corner, fontsize=8, framealpha=0.9, handlelength=2.6)
 
 
 def _limit(row: Iterable[Axes], curves: np.ndarray, dashed: np.ndarray) -> None:
     """Shows all of the learned curves, and the handcrafted one but for its ends, where a logarithm goes to infinity."""
-    finite = np.append(curves[np.isfinite(curves)], np.quantile(dashed, [0.05, 0.95], axis=1))
+    finite = np.append(curves[np.isfinite(curves)], np.quantile(dashed, [0.15, 0.85], axis=1))
     low, high = float(finite.min()), float(finite.max())
     margin = 0.06 * (high - low) or 1.0
     for axes in row:

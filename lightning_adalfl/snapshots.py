@@ -7,6 +7,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +29,7 @@ class LossShapeHistory:
     """Snapshots of one learned loss over training, bounded in number by thinning.
 
     Every snapshot is kept at first. Each time that there are more than `max_snapshots`, every other one is dropped and
-    from then on half as many are kept, so that what remains is evenly spaced; the first and the newest are always there.
+    from then on half as many are kept, so that what remains is evenly spaced; the first and the newest always stay.
 
     Args:
         max_snapshots: Upper bound on the number of snapshots, at least 2.
@@ -41,7 +42,9 @@ class LossShapeHistory:
 
     def __init__(self, max_snapshots: int = 64) -> None:
         if max_snapshots < 2:
-            raise ValueError(f"max_snapshots={max_snapshots} leaves no room for the first and the last; give 2 or more.")
+            raise ValueError(
+                f"max_snapshots={max_snapshots} leaves no room for the first and the last; give 2 or more."
+            )
         self.max_snapshots = max_snapshots
         self._shapes: list[LossShape] = []
         self._indices: list[int] = []  # position of each kept snapshot among all that were ever appended
@@ -151,8 +154,10 @@ class LossShapeHistory:
             ]
             lengths = {len(steps), len(indices), *(len(rows) for rows in stacked.values())}
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"its entries do not fit together ({error!r}); give what LossShapeHistory wrote") from error
-        ordered = all(a < b for numbers in (steps, indices, [-1, *indices, count]) for a, b in zip(numbers, numbers[1:]))
+            raise ValueError(
+                f"its entries do not fit together ({error!r}); give what LossShapeHistory wrote"
+            ) from error
+        ordered = all(a < b for numbers in (steps, indices, [-1, *indices, count]) for a, b in pairwise(numbers))
         if not ordered or len(lengths) != 1 or stride < 1:
             raise ValueError("its steps do not fit together; give what LossShapeHistory wrote")
         self._shapes, self._indices, self._count, self._stride = shapes, indices, count, stride
@@ -186,8 +191,8 @@ class LossShapeHistory:
             state = _unpack(data)
         except Exception as error:  # whatever zipfile, zlib or numpy make of bytes that are not theirs
             raise ValueError(
-                f"cannot read {path}: it is truncated, corrupt or no npz file ({error}); restore it from a copy, or let "
-                "LossShapeLogger write it again from a checkpoint."
+                f"cannot read {path}: it is truncated, corrupt or no npz file ({error}); restore it from a copy, or "
+                "let LossShapeLogger write it again from a checkpoint."
             ) from error
         try:
             history = cls(state.pop("max_snapshots", 64))
@@ -204,10 +209,7 @@ def _unpack(data: bytes) -> dict[str, Any]:
             raise ValueError("it unpacks to more than any history holds")
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    return {
-        name: value.item() if value.ndim == 0 else torch.from_numpy(value)
-        for name, value in arrays.items()
-    }
+    return {name: value.item() if value.ndim == 0 else torch.from_numpy(value) for name, value in arrays.items()}
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
