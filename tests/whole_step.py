@@ -72,8 +72,9 @@ class WholeStep:
 
     @cached_property
     def loss(self) -> LearnedLoss:
-        torch.manual_seed(1)
-        return LossNetwork("multiclass", hidden=(5, 4)).double()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return LossNetwork("multiclass", hidden=(5, 4)).double()
 
     @cached_property
     def batches(self) -> list[list[Batch]]:

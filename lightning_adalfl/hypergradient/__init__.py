@@ -6,4 +6,12 @@ from lightning_adalfl.hypergradient.gradient_clipping import ClipByNorm, ClipByV
 from lightning_adalfl.hypergradient.hypergradient import Hypergradient, hypergradient
 from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerError
 
-__all__ = ["BaseStep", "ClipByNorm", "ClipByValue", "ForwardModeError", "Hypergradient", "OptimizerError", "hypergradient"]
+__all__ = [
+    "BaseStep",
+    "ClipByNorm",
+    "ClipByValue",
+    "ForwardModeError",
+    "Hypergradient",
+    "OptimizerError",
+    "hypergradient",
+]

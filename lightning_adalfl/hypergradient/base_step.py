@@ -15,7 +15,7 @@ from lightning_adalfl.hypergradient.functional import FunctionalModel, Predict
 from lightning_adalfl.hypergradient.gradient_clipping import GradientTransform
 from lightning_adalfl.hypergradient.optimizer_adjoint import OptimizerAdjoint, optimizer_adjoint
 from lightning_adalfl.hypergradient.random_state import RandomState
-from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerSnapshot, check_optimizer
+from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerSnapshot, check_optimizer, has_differentiable_step
 from lightning_adalfl.hypergradient.tangent_rules import PrimalTape, RecordPrimals
 
 
@@ -25,7 +25,7 @@ class BaseStep:
     The order of use, with ``loss`` a learned loss::
 
         step = BaseStep(model, optimizer)
-        predictions, target = step.forward(batch)      # several times to accumulate gradients
+        predictions, target = step.forward(batch)      # k times to accumulate gradients, of loss / k
         loss(predictions, target).backward()
         step.step()                                    # or step.before_step() and the step itself
         gradient = hypergradient(step, loss, task_loss, meta_batch)
@@ -54,7 +54,7 @@ class BaseStep:
         chained: bool = False,
     ) -> None:
         check_method(method)
-        check_optimizer(optimizer, method)
+        check_optimizer(optimizer, method, chained)
         self.method = method
         self.optimizer = optimizer
         self.chained = chained
@@ -73,13 +73,16 @@ class BaseStep:
         self._adjoint: OptimizerAdjoint | None = None
         self._predict = predict or _default_predict(model)
         self._device = self.parameters[0].device
-        # The compiler does not trace the recording, so a compiled model's forward is computed again.
-        self._records = method == "forward" and not any(_is_compiled(module) for module in model.modules())
+        # The compiler does not trace the recording, so a compiled model's forward is computed again; so is that of an
+        # inner loop, whose steps would keep activations otherwise.
+        self._records = method == "forward" and not chained and not any(_is_compiled(m) for m in model.modules())
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Predict on ``batch`` at θ_t; the predictions carry the graph for the base backward."""
         if self._adjoint is not None or self.snapshot is not None:
             self.clear()
+        # Autocast keeps its casts of the parameters until its outermost context ends; those of the last step are stale.
+        torch.clear_autocast_cache()
         random_state = RandomState.capture(self._device)
         buffers = self.model.copied_buffers()
         tape = PrimalTape() if self._records else None
@@ -101,18 +104,23 @@ class BaseStep:
             ValueError: If no forward was recorded, or a gradient is sparse.
         """
         if not self.traces:
-            raise ValueError("`before_step` was called without a recorded `forward`; predict through this object first.")
+            raise ValueError("`before_step` was called without a recorded `forward`; predict with `forward` first.")
         gradients = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
         self.active, self.gradients = list(gradients), list(gradients.values())
         stepped = [self.parameters[i] for i in self.active]
         if any(gradient.is_sparse for gradient in self.gradients):
-            raise ValueError("a gradient is sparse, which has no hypergradient here; build the embedding with `sparse=False`.")
+            raise ValueError(
+                "a gradient is sparse, which has no hypergradient here; build the embedding with `sparse=False`."
+            )
         with torch.no_grad():
             # One buffer is kept over the steps: allocating it anew costs as much as filling it.
             if len(self.before) != len(self.parameters):
                 self.before = [torch.empty_like(p) for p in self.parameters]
             torch._foreach_copy_(self.before, self.parameters)
         self.transform = transform
+        if self.chained or not has_differentiable_step(self.optimizer):
+            # The next step's backward, or an optimizer of one's own, may write into the very same tensors.
+            self.gradients = [gradient.clone() for gradient in self.gradients]
         if self.method == "reverse" or self.chained:
             self.snapshot = OptimizerSnapshot(self.optimizer, stepped)
         if self.method != "reverse":
@@ -133,10 +141,14 @@ class BaseStep:
         return {i: self.before[i] for i in self.active}
 
     def transposed(self, vector: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        """Return ``(c, w)`` with ``c · w = (∂θ_{t+1}/∂g_t)ᵀ vector`` over the active parameters, through the clipping."""
+        """Return ``(c, w)`` with ``c · w = (∂θ_{t+1}/∂g_t)ᵀ vector`` over the active parameters, clipping included."""
         if self._adjoint is None:
             raise ValueError("the base step was not recorded; call `step()` or `before_step()` first.")
         scale, direction = self._adjoint.transposed([self.before[i] for i in self.active], vector)
+        if self.method == "finite_difference" and self._adjoint.adaptive:
+            # Where a gradient is zero the predictions do not depend on the weight, yet an adaptive step is at its
+            # steepest: such elements would take up all of the move along u.
+            direction = [u * (g != 0) for u, g in zip(direction, self.gradients)]
         if self.transform is not None:
             direction = self.transform.transposed(self.gradients, direction)
         return scale, direction

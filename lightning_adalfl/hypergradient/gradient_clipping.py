@@ -38,7 +38,7 @@ class ClipByNorm:
         return [g * factor for g in gradients]
 
     def transposed(self, clipped: Sequence[Tensor], vector: Sequence[Tensor]) -> list[Tensor]:
-        """Return ``s (w - ĝ ⟨ĝ, w⟩ / (s² ‖g‖ (‖g‖ + 1e-6)))`` with ``s = c / (‖g‖ + 1e-6)``; w where nothing was clipped."""
+        """Return ``s (w - ĝ ⟨ĝ, w⟩ / (s² ‖g‖ (‖g‖ + 1e-6)))`` with ``s = c / (‖g‖ + 1e-6)``, or w."""
         if self.total_norm is None:
             raise ValueError("`total_norm` must be given, the norm that `clip_grad_norm_` returned.")
         norm = self.total_norm

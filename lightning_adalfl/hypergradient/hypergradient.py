@@ -24,7 +24,8 @@ class Hypergradient:
 
     Attributes:
         loss: ``∇_φ L_T``, one tensor for each parameter of the learned loss; empty for a loss without parameters.
-        log_lr: ``∂L_T/∂log α`` of each parameter group, shape (groups,), the effect of the last step's learning rates.
+        log_lr: ``∂L_T/∂log α`` of each parameter group, shape (groups,), the effect of the last step's learning rates;
+            for ASGD and Rprop, which follow the rates of earlier steps, that of the step's size.
         task_loss: L_T on the meta batch at θ_{t+1}, a scalar.
     """
 
@@ -49,12 +50,13 @@ def hypergradient(
 
     Args:
         steps: The base step that was just taken, or all steps of an inner loop in their order (S_inner > 1). The steps
-            of an inner loop are made with ``chained=True``; each holds one copy of the parameters and of the optimizer's state.
+            of an inner loop are made with ``chained=True``; each holds a copy of the parameters, of their gradients and
+            of the optimizer's state.
         loss: The learned loss M_φ, or any callable; the hypergradient is by its parameters if it is a module.
         task_loss: L_T, ``task_loss(predictions, target) -> scalar``.
         meta_batch: The batch (x_v, y_v), as the steps' ``predict`` takes it.
-        all_reduce: Averages a list of tensors over processes in place; called for v before it is contracted, and for the
-            result.
+        all_reduce: Averages a list of tensors over processes in place; called for v before it is contracted, and for
+            the result.
         epsilon: For ``"finite_difference"``: how far the parameters are moved, in Euclidean norm.
         loss_scale: A factor on L_T during its backward, taken out of v again, against underflow in half precision.
 
@@ -65,8 +67,10 @@ def hypergradient(
     chain = [steps] if isinstance(steps, BaseStep) else list(steps)
     if not chain or not all(step.traces and step.before for step in chain):
         raise ValueError("`steps` must hold at least one recorded base step; call `forward` and `step` on it first.")
-    phi = [p for p in loss.parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
+    phi: list[Tensor] = [p for p in loss.parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
     first, last = chain[0], chain[-1]
+    # The casts that an autocast context around the base step keeps are those of θ_t.
+    torch.clear_autocast_cache()
     if first.method == "reverse":
         by_phi, log_lr, value = unrolled(chain, loss, phi, task_loss, meta_batch)
         return _reduced(Hypergradient(by_phi, log_lr, value), all_reduce)
@@ -102,14 +106,14 @@ def _meta_gradient(
 
 
 def _by_log_lr(step: BaseStep, vector: Sequence[Tensor]) -> Tensor:
-    """Return ``∂L_T/∂log α = ⟨v, θ_{t+1} - θ_t⟩`` for each group: every step here is proportional to its learning rate."""
+    """Return ``∂L_T/∂log α = ⟨v, θ_{t+1} - θ_t⟩`` for each group: a step is proportional to its learning rate."""
     active = set(step.active)
     dots, start = [], 0
     with torch.no_grad():
         for group in step.groups:
             members = [i for i in range(start, start + len(group)) if i in active]
             terms = [torch.sum(vector[i] * (step.parameters[i] - step.before[i]), dtype=torch.float64) for i in members]
-            dots.append(torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64))
+            dots.append(sum(terms, torch.zeros((), dtype=torch.float64, device=vector[0].device)))
             start += len(group)
     return torch.stack(dots)
 

@@ -1,7 +1,7 @@
 """``u = (∂U/∂g)ᵀ v``: how the base step answers to its gradient, for every kind of base optimizer.
 
-SGD's derivative is a constant and Adam's follows from the state after the step, so neither needs a copy of its state. Every
-other optimizer is stepped once more as a differentiable shadow.
+SGD's derivative is a constant and Adam's follows from the state after the step, so neither needs a copy of its state.
+Every other optimizer is stepped once more as a differentiable shadow.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerSnapshot, check_optimizer
+from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerSnapshot, check_optimizer, has_differentiable_step
 
 
 class OptimizerAdjoint(ABC):
     """The transposed derivative of one step; made before the step, asked after it.
+
+    Attributes:
+        adaptive: Whether the derivative depends on the gradient.
 
     Args:
         optimizer: The base optimizer, before its step.
         parameters: θ, those with a gradient.
         gradients: g, as it goes into the step.
     """
+
+    adaptive = True
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         self.optimizer = optimizer
@@ -56,13 +61,15 @@ def optimizer_adjoint(
     plain = not any(group.get("amsgrad") or group.get("maximize") for group in optimizer.param_groups)
     if type(optimizer) in (Adam, AdamW) and plain:
         return _AdamAdjoint(optimizer, parameters, gradients)
-    if "differentiable" in optimizer.defaults:
+    if has_differentiable_step(optimizer):
         return _ShadowAdjoint(optimizer, parameters, gradients)
     return _DifferenceAdjoint(optimizer, parameters, gradients)
 
 
 class _SGDAdjoint(OptimizerAdjoint):
     """``∂θ'/∂g = -α (1 - τ)``, with Nesterov momentum ``-α (1 + μ (1 - τ))``; the first step has no dampening τ."""
+
+    adaptive = False
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         super().__init__(optimizer, parameters, gradients)
@@ -84,9 +91,9 @@ class _SGDAdjoint(OptimizerAdjoint):
 
 
 class _AdamAdjoint(OptimizerAdjoint):
-    """With m, q the moments after step k and D = √(q / b₂) + ε, where b are the bias corrections:
+    """``∂θ'/∂g = -(α / b₁) [(1 - β₁) - m (1 - β₂) g / (√b₂ √q D)] / D``.
 
-    ``∂θ'/∂g = -(α / b₁) [(1 - β₁) - m (1 - β₂) g / (√b₂ √q D)] / D``.
+    m and q are the moments after step k, b the bias corrections, and D = √(q / b₂) + ε.
     """
 
     def transposed(self, before: Sequence[Tensor], vector: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
@@ -110,7 +117,7 @@ class _AdamAdjoint(OptimizerAdjoint):
         gradients = [self.gradients[i] for i in members]
         # AdamW is an Adam with this switch; its decay does not pass through the gradient.
         if group["weight_decay"] and not group.get("decoupled_weight_decay", type(self.optimizer) is AdamW):
-            gradients = torch._foreach_add(gradients, [before[i] for i in members], alpha=group["weight_decay"])
+            gradients = list(torch._foreach_add(gradients, [before[i] for i in members], alpha=group["weight_decay"]))
         root = torch._foreach_sqrt([s["exp_avg_sq"] for s in states])
         denominator = torch._foreach_div(root, correction2**0.5)
         torch._foreach_add_(denominator, group["eps"])
@@ -139,12 +146,7 @@ class _ShadowAdjoint(OptimizerAdjoint):
             gradients = [g.detach().clone().requires_grad_() for g in self.gradients]
             moved, _ = self.snapshot.step([p.detach() for p in before], gradients, self.snapshot.state)
             product = torch.autograd.grad(moved, gradients, list(vector), allow_unused=True)
-        result = []
-        for u, v in zip(product, vector):
-            # A root at zero gives 0 · inf = NaN where v is zero; there u is zero.
-            u = torch.zeros_like(v) if u is None else torch.where(v == 0, torch.zeros_like(v), u)
-            result.append(u)
-        return 1.0, result
+        return 1.0, [torch.zeros_like(v) if u is None else u for u, v in zip(product, vector)]
 
 
 class _DifferenceAdjoint(OptimizerAdjoint):

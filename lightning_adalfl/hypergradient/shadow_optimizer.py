@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 State = list[dict[str, Any]]
 
@@ -23,20 +24,51 @@ class OptimizerError(ValueError):
     """The base optimizer's step cannot be differentiated in the way that was asked for."""
 
 
-def check_optimizer(optimizer: Optimizer, method: str) -> None:
-    """Raise an :class:`OptimizerError` if ``method`` cannot see through ``optimizer``."""
+# Optimizers of torch that no method sees through, and why.
+_OPAQUE = {
+    "LBFGS": "evaluates the loss several times and is no function of one gradient",
+    "Adafactor": "mixes the elements of a gradient",
+    "Muon": "mixes the elements of a gradient",
+    "SparseAdam": "takes sparse gradients",
+}
+
+
+def check_optimizer(optimizer: Optimizer, method: str, chained: bool = False) -> None:
+    """Raise an :class:`OptimizerError` if ``method`` cannot see through ``optimizer`` (``chained``: in inner loops)."""
     name = type(optimizer).__name__
-    if isinstance(optimizer, LBFGS):
+    for base in type(optimizer).__mro__:
+        if base.__module__.startswith("torch.optim") and base.__name__ in _OPAQUE:
+            raise OptimizerError(
+                f"`optimizer` is {name}, whose step {_OPAQUE[base.__name__]}; use {DIFFERENTIABLE_OPTIMIZERS}."
+            )
+    if has_differentiable_step(optimizer):
+        return
+    if method != "finite_difference":
         raise OptimizerError(
-            f"`optimizer` is {name}, whose step evaluates the loss several times and is no function of one gradient; "
-            f"use {DIFFERENTIABLE_OPTIMIZERS}."
+            f"`optimizer` is {name}, which has no differentiable step (no `differentiable` option that works), so "
+            f"`hypergradient={method!r}` cannot see through it. Choose `hypergradient='finite_difference'`, which "
+            f"holds for steps that act on each gradient element by itself, or use {DIFFERENTIABLE_OPTIMIZERS}."
         )
-    if "differentiable" not in optimizer.defaults and method != "finite_difference":
+    if chained:
         raise OptimizerError(
-            f"`optimizer` is {name}, which has no differentiable step (no `differentiable` option), so "
-            f"`hypergradient={method!r}` cannot see through it. Choose `hypergradient='finite_difference'`, which holds for "
-            f"steps that act on each gradient element by itself, or use {DIFFERENTIABLE_OPTIMIZERS}."
+            f"`optimizer` is {name}, which has no differentiable step, as the later steps of an inner loop need it; "
+            f"take one inner step, or use {DIFFERENTIABLE_OPTIMIZERS}."
         )
+
+
+def has_differentiable_step(optimizer: Optimizer) -> bool:
+    """Return whether ``optimizer`` honours ``differentiable=True``."""
+    # The defaults would not do: loading a state adds the option to those of any optimizer.
+    if not all("differentiable" in group for group in optimizer.param_groups):
+        return False
+    if type(optimizer).step.__module__.startswith("torch.optim"):
+        return True
+    # A subclass has inherited the option; whether its own step heeds it shows when it is taken.
+    probe = OptimizerSnapshot(optimizer, [])
+    probe.group_of = [0]
+    with torch.enable_grad():
+        (moved,), _ = probe.step([torch.zeros(1)], [torch.ones(1, requires_grad=True)], [{}])
+    return moved.requires_grad
 
 
 class OptimizerSnapshot:
@@ -78,6 +110,8 @@ class OptimizerSnapshot:
             if parameter.requires_grad:
                 parameter.retain_grad()  # a non-leaf's `.grad` may be read without a warning
             parameter.grad = gradient
+            if gradient.requires_grad:
+                gradient.register_hook(functools.partial(_without_roots_at_zero, gradient.detach()))
             groups[index]["params"].append(parameter)
             self._complete_momentum(groups[index], entry, parameter, gradient)
         shadow.__setstate__(
@@ -94,11 +128,16 @@ class OptimizerSnapshot:
     def _complete_momentum(
         self, group: dict[str, Any], entry: dict[str, Any], parameter: Tensor, gradient: Tensor
     ) -> None:
-        # SGD's first momentum buffer is a detached copy of the gradient; this one leads to the same value with its graph.
+        # SGD's first momentum buffer is a detached copy of the gradient; this one gives the same value with its graph.
         is_sgd = issubclass(self.optimizer_class, torch.optim.SGD)
         if is_sgd and group["momentum"] and entry.get("momentum_buffer") is None:
             decayed = (-gradient if group["maximize"] else gradient) + group["weight_decay"] * parameter
             entry["momentum_buffer"] = decayed * (group["dampening"] / group["momentum"])
+
+
+def _without_roots_at_zero(gradient: Tensor, adjoint: Tensor) -> Tensor:
+    """Return zero where the root of a squared gradient of zero has made NaN of its adjoint."""
+    return torch.where((gradient.square() == 0) & ~adjoint.isfinite(), torch.zeros_like(adjoint), adjoint)
 
 
 class _DefaultState(dict[Tensor, dict[str, Any]]):
@@ -110,7 +149,7 @@ class _DefaultState(dict[Tensor, dict[str, Any]]):
 
 @contextmanager
 def _counting_in_double() -> Iterator[None]:
-    """Let an optimizer without state create its counters in double precision; parameters give everything else its dtype."""
+    """Let an optimizer without state create its counters in double precision; all else has its parameter's dtype."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -30,7 +30,7 @@ def unrolled(
         for step in steps:
             states = _states(step) if step is first else {i: states.get(i, s) for i, s in _states(step).items()}
             if step is last:
-                log_scale = torch.zeros(len(step.groups), dtype=torch.float64, device=values[0].device, requires_grad=True)
+                log_scale = values[0].new_zeros(len(step.groups), dtype=torch.float64).requires_grad_()
                 values, states = _differentiable_step(step, loss, values, states, log_scale)
             else:
                 values, states = _differentiable_step(step, loss, values, states)
@@ -47,8 +47,8 @@ def adjoint_of_later_steps(
 ) -> tuple[list[Tensor], StateAdjoint, list[Tensor]]:
     """Go backwards through stored iterates, one step's graph at a time.
 
-    With λ the adjoint of (θ, s) after step k, a vector-Jacobian product of that step alone gives its part of ``∇_φ L_T`` and
-    λ before it. The memory is that of one step and the stored iterates, and not one graph a step.
+    With λ the adjoint of (θ, s) after step k, a vector-Jacobian product of that step alone gives its part of
+    ``∇_φ L_T`` and λ before it. The memory is that of one step and the stored iterates, and not one graph a step.
 
     Args:
         steps: The inner steps but the first, in their order.
@@ -68,7 +68,8 @@ def adjoint_of_later_steps(
             states = {i: _requiring_grad(s) for i, s in _states(step).items()}
             moved, new_states = _differentiable_step(step, loss, values, states)
             outputs, weights = _with_state([moved[i] for i in range(len(values))], adjoint, new_states, state_adjoint)
-            inputs = {(i, k): v for i, s in states.items() for k, v in s.items() if isinstance(v, Tensor) and v.requires_grad}
+            tensors = {(i, k): v for i, s in states.items() for k, v in s.items() if isinstance(v, Tensor)}
+            inputs = {key: v for key, v in tensors.items() if v.requires_grad}
             gradients = torch.autograd.grad(
                 outputs, [*values.values(), *phi, *inputs.values()], weights, allow_unused=True
             )
@@ -142,7 +143,9 @@ def _differentiable_step(
 
 def _snapshot(step: BaseStep) -> OptimizerSnapshot:
     if step.snapshot is None:
-        raise ValueError("an inner step was recorded without its optimizer state; make it with `BaseStep(..., chained=True)`.")
+        raise ValueError(
+            "an inner step was recorded without its optimizer state; make it with `BaseStep(..., chained=True)`."
+        )
     return step.snapshot
 
 

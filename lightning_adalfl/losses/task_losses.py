@@ -15,12 +15,13 @@ TaskLoss = Callable[[Tensor, Tensor], Tensor]
 def default_task_loss(task: str) -> TaskLoss:
     """Return the task loss of ``task``: cross-entropy on logits, or the mean squared error for regression."""
     check_task(task)
-    return {
+    losses: dict[str, TaskLoss] = {
         "multiclass": F.cross_entropy,
         "binary": binary_cross_entropy,
         "multilabel": binary_cross_entropy,
         "regression": squared_error,
-    }[task]
+    }
+    return losses[task]
 
 
 def binary_cross_entropy(predictions: Tensor, target: Tensor) -> Tensor:
