@@ -1,6 +1,6 @@
 """Adaptive loss functions for PyTorch Lightning: the loss is learned while the model trains (AdaLFL)."""
 
-from lightning_adalfl.callbacks import AdaLFLInit
+from lightning_adalfl.callbacks import AdaLFLInit, LossShapeLogger
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.hypergradient import BaseStep, Hypergradient, hypergradient
 from lightning_adalfl.losses import LearnedLoss, LossNetwork, SmoothLeakyReLU, TaylorLoss
@@ -16,6 +16,7 @@ __all__ = [
     "Hypergradient",
     "LearnedLoss",
     "LossNetwork",
+    "LossShapeLogger",
     "SmoothLeakyReLU",
     "TaylorLoss",
     "hypergradient",

@@ -1,5 +1,6 @@
 """The callbacks: the offline phase, and what people look at."""
 
 from lightning_adalfl.callbacks.initialisation import AdaLFLInit
+from lightning_adalfl.callbacks.loss_shape import LossShapeLogger
 
-__all__ = ["AdaLFLInit"]
+__all__ = ["AdaLFLInit", "LossShapeLogger"]

@@ -7,13 +7,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm.auto import tqdm
 
 from lightning_adalfl.adapter.imitation import imitate_task_loss
 from lightning_adalfl.adapter.meta_batches import private_train_loader
 from lightning_adalfl.adapter.offline_phase import OfflinePhase, untouched
+from lightning_adalfl.callbacks.offline_progress import OfflineProgress
 from lightning_adalfl.mixin import AdaLFLMixin
 
 
@@ -22,6 +23,10 @@ class AdaLFLInit(Callback):
 
     Base parameters, buffers, optimizer state and random states are afterwards as if it had not run. It runs once: not on a
     resumed run, nor in a second ``fit``. Under ``fast_dev_run`` it takes as many steps as that has batches.
+
+    A run that is killed meanwhile goes on where it was saved last when it is started again with the same seed, and ends as if it
+    had not been stopped; SIGTERM saves and stops it at the next step. The file is ``adalfl_offline_*.pt`` in the Trainer's
+    ``default_root_dir``, goes when the first checkpoint is there, and is not written where the Trainer keeps no checkpoints.
 
     Args:
         steps: S_init, the meta steps; 0 for none.
@@ -32,6 +37,7 @@ class AdaLFLInit(Callback):
         imitation_steps: Steps of fitting ∂M_φ/∂f to the gradient of the task loss first; they need no base model and a
             second or so.
         train_dataloader: Base batches, where they cannot be drawn from the training data, such as an IterableDataset.
+        save_every: Meta steps after which progress is saved.
 
     Raises:
         ValueError: For a value out of range.
@@ -49,11 +55,13 @@ class AdaLFLInit(Callback):
         reset: str = "fresh",
         imitation_steps: int = 0,
         train_dataloader: Any = None,
+        save_every: int = 100,
     ) -> None:
         for name, value, least in (
             ("steps", steps, 0),
             ("inner_steps", inner_steps, 1),
             ("imitation_steps", imitation_steps, 0),
+            ("save_every", save_every, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be a whole number, {least} or more; got {value!r}.")
@@ -67,6 +75,9 @@ class AdaLFLInit(Callback):
         self.reset = reset
         self.imitation_steps = imitation_steps
         self.train_dataloader = train_dataloader
+        self.save_every = save_every
+        self._progress: OfflineProgress | None = None
+        self._checkpointed = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a module without a learned loss."""
@@ -78,11 +89,16 @@ class AdaLFLInit(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the offline phase, unless it has run."""
-        if not isinstance(pl_module, AdaLFLMixin) or pl_module.adalfl.initialised:
+        if not isinstance(pl_module, AdaLFLMixin):
             return
         steps = min(self.steps, int(trainer.fast_dev_run)) if trainer.fast_dev_run else self.steps
         learner = pl_module.adalfl
         seed = int(trainer.strategy.broadcast(torch.initial_seed() % 2**31))
+        self._progress = OfflineProgress(trainer, self._settings(pl_module, seed), self.save_every)
+        # A checkpoint from which this fit goes on holds what the phase has learned.
+        self._checkpointed = learner.initialised
+        if learner.initialised:
+            return
         with untouched(pl_module):
             loader = self.train_dataloader if self.train_dataloader is not None else private_train_loader(trainer)
             phase = OfflinePhase(
@@ -96,14 +112,64 @@ class AdaLFLInit(Callback):
             )
             if self.imitation_steps and learner.loss is not None:
                 imitate_task_loss(pl_module, phase.train_batches, self.imitation_steps)
-            bar = tqdm(range(steps), desc="Offline phase", disable=not self._shows(trainer), leave=False)
-            for step in bar:
-                task_loss = phase.step()
-                if step % 10 == 0:
-                    bar.set_postfix(task_loss=f"{task_loss:.4g}", refresh=False)
+            self._run(trainer, phase, steps, self._progress)
         learner.stop(forget=True)
         learner.initialised = True
         rank_zero_info(f"Offline phase: {steps} meta steps.")
+
+    def _run(self, trainer: pl.Trainer, phase: OfflinePhase, steps: int, progress: OfflineProgress) -> None:
+        first, done = 0.0, 0
+        with tqdm(total=steps, desc="Offline phase", disable=not self._shows(trainer), leave=False) as bar:
+            while done < steps:
+                task_loss, done = phase.step(), done + 1
+                if done == 1:
+                    first = task_loss
+                    saved = progress.load(first)
+                    if saved is not None:
+                        phase.load_state_dict(saved["phase"])
+                        done = saved["step"]
+                stopped = self._stopped(trainer)
+                if stopped or progress.due(done) or done == steps > self.save_every:
+                    progress.save({"step": done, "first": first, "phase": phase.state_dict()})
+                if stopped:
+                    raise SIGTERMException
+                if done % 10 == 1:
+                    bar.set_postfix(task_loss=f"{task_loss:.4g}", refresh=False)
+                bar.update(done - bar.n)
+
+    def _settings(self, pl_module: AdaLFLMixin, seed: int) -> dict[str, Any]:
+        return {
+            "config": pl_module.adalfl.config.to_dict(),
+            "module": type(pl_module).__qualname__,
+            "steps": self.steps,
+            "lr": self.lr,
+            "inner_steps": self.inner_steps,
+            "reset": self.reset,
+            "imitation_steps": self.imitation_steps,
+            "seed": seed,
+        }
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note that what the phase has learned is about to be in a checkpoint."""
+        self._checkpointed = True
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remove the phase's file once a checkpoint has been written."""
+        if self._checkpointed and self._progress is not None:
+            self._progress.remove()
+            self._progress = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove the phase's file, if no checkpoint was written before."""
+        if self._progress is not None:
+            self._progress.remove()
+            self._progress = None
+
+    @staticmethod
+    def _stopped(trainer: pl.Trainer) -> bool:
+        """Return whether any process was told to terminate, which Lightning heeds only once training has begun."""
+        received = bool(trainer.received_sigterm)
+        return trainer.strategy.reduce_boolean_decision(received, all=False) if trainer.world_size > 1 else received
 
     @staticmethod
     def _shows(trainer: pl.Trainer) -> bool:

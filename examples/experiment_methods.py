@@ -1,0 +1,81 @@
+"""The methods that the paper compares (section 5), the controls that it lacks, and its ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lightning_adalfl import AdaLFLConfig, AdaLFLInit
+
+HANDCRAFTED = ("baseline", "baseline_tuned", "baseline_matched")
+# The factors on the paper's learning rate that `baseline_tuned` chooses from, by the error on the validation data.
+TUNING_GRID = (1.0, 3.0, 10.0, 30.0)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method trains.
+
+    Attributes:
+        recipe: ``"handcrafted"``, ``"library"`` (the library's defaults) or ``"paper"`` (the paper's own recipe).
+        config: Fields of `AdaLFLConfig` that differ from the recipe's.
+        init: Arguments of `AdaLFLInit` that differ from the recipe's; ``None`` for no offline phase.
+    """
+
+    recipe: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    init: Mapping[str, Any] | None = field(default_factory=dict)
+
+    def build(self, kind: str, init_steps: int | None = None) -> tuple[AdaLFLConfig, AdaLFLInit | None]:
+        """Return the configuration and the offline phase for a task of that kind.
+
+        Args:
+            kind: ``"multiclass"`` or ``"regression"``.
+            init_steps: Shortens or lengthens the offline phase.
+        """
+        paper = self.recipe == "paper"
+        config = AdaLFLConfig.paper(kind) if paper else AdaLFLConfig(task=kind)
+        if self.init is None:
+            return replace(config, **self.config), None
+        arguments = dict(self.init) if init_steps is None else {**self.init, "steps": init_steps}
+        init = AdaLFLInit.paper(**arguments) if paper else AdaLFLInit(**arguments)
+        return replace(config, **self.config), init
+
+
+METHODS: Mapping[str, Method] = {
+    **{name: Method("handcrafted", init=None) for name in HANDCRAFTED},
+    "ml3": Method("paper", {"online": False}),
+    "ml3_relu": Method("paper", {"online": False, "representation": "ml3"}),
+    "metalr": Method("paper", {"learn": "lr"}),
+    "taylor_quadratic": Method("paper", {"representation": "taylor_quadratic"}, None),
+    "taylor_cubic": Method("paper", {"representation": "taylor_cubic"}, None),
+    "taylor_quadratic_target_powers": Method("paper", {"representation": "taylor_quadratic_target_powers"}, None),
+    "taylor_cubic_target_powers": Method("paper", {"representation": "taylor_cubic_target_powers"}, None),
+    "adalfl": Method("library"),
+    "adalfl_paper": Method("paper"),
+    "both": Method("paper", {"learn": "both"}),
+}
+
+ABLATIONS: Mapping[str, Mapping[str, Method]] = {
+    "inner_steps": {
+        **{f"ml3 inner_steps={k}": Method("paper", {"online": False}, {"inner_steps": k}) for k in (1, 5, 10, 15, 20)},
+        "adalfl_paper": METHODS["adalfl_paper"],
+    },
+    "activation": {name: METHODS[name] for name in ("ml3_relu", "ml3", "adalfl_paper")},
+    "meta_lr": {
+        f"adalfl_paper meta_lr={rate}": Method("paper", {"meta_lr": float(rate)})
+        for rate in ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
+    },
+    "meta_data": {
+        f"adalfl_paper meta_data={data}": Method("paper", {"meta_data": data}) for data in ("train", "val")
+    },
+}
+
+
+def find_method(name: str) -> Method:
+    """Return a method, or a row of an ablation, by its name."""
+    for methods in (METHODS, *ABLATIONS.values()):
+        if name in methods:
+            return methods[name]
+    raise ValueError(f"`name` must be one of {', '.join(map(repr, METHODS))} or a row of an ablation; got {name!r}.")
