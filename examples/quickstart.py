@@ -26,6 +26,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLInit, AdaLFLMixin, LossShapeLogger
+from lightning_adalfl.plotting import plot_loss_shapes
+from lightning_adalfl.snapshots import LossShapeHistory
 
 RATE = 0.01  # α of the paper for classification
 TUNED_RATES = (0.03, 0.1, 0.3)
@@ -135,7 +137,9 @@ def main() -> None:
         print(f"{row['name']:30} {row['rate']:13g} {row['test']:11.4f} {row['seconds']:8.1f}")
     print(f"\nThe tuned rate is the best of {', '.join(map(str, TUNED_RATES))} on the validation digits.")
     print(f"AdaLFL's seconds include {args.init_steps} offline meta steps.")
-    print(f"The learned loss over time: {Path(rows[-1]['log']) / 'loss_shape.png'}")
+    figure = Path(rows[-1]["log"]) / "loss_shape.png"
+    plot_loss_shapes(LossShapeHistory.load(figure.with_suffix(".npz"))).savefig(figure)
+    print(f"The learned loss over time: {figure}")
     print(f"In TensorBoard: tensorboard --logdir {args.log_dir}")
 
 
