@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_adalfl.losses.pairing import check_task, to_pairs
+from lightning_adalfl.losses.persistence import load_loss, save_loss
 
+LossT = TypeVar("LossT", bound="LearnedLoss")
 Reduction = Literal["mean", "sum"]
 
 
@@ -18,8 +21,8 @@ class LearnedLoss(nn.Module, ABC):
 
     Args:
         task: How predictions and targets become pairs; see :func:`lightning_adalfl.losses.pairing.to_pairs`.
-        reduction: Over the outputs of an instance, ``"mean"`` as in Eq. 3, or ``"sum"`` as the paper's prose has it; with C
-            outputs they differ by the factor C, which acts as a learning rate. Over instances it is always the mean.
+        reduction: Over the outputs of an instance, ``"mean"`` as in Eq. 3, or ``"sum"`` as the paper's prose has it;
+            with C outputs they differ by the factor C, which acts as a learning rate. Over instances it is always the mean.
 
     Raises:
         ValueError: For an unknown task or reduction.
@@ -66,3 +69,35 @@ class LearnedLoss(nn.Module, ABC):
     def dtype(self) -> torch.dtype:
         """The precision in which the loss is computed: that of φ."""
         return next(self.parameters()).dtype
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the loss to a safetensors file: φ, with the class and its arguments in the header.
+
+        The file appears whole or not at all, replacing an older one. What is saved is φ and nothing of the training.
+
+        Args:
+            path: The file, such as ``"loss.safetensors"``.
+
+        Raises:
+            TypeError: If a class of your own does not keep an argument of its constructor as an attribute of that name.
+            ValueError: If φ is not finite.
+        """
+        save_loss(self, path)
+
+    @classmethod
+    def load(cls: type[LossT], path: str | os.PathLike[str]) -> LossT:
+        """Return the loss that :meth:`save` wrote, bit for bit, on the CPU; nothing in the file is run.
+
+        ``LearnedLoss.load`` reads every representation, a subclass only its own. It is a plain ``nn.Module``::
+
+            loss = LearnedLoss.load("loss.safetensors").requires_grad_(False)
+            loss(model(x), y).backward()
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is truncated, corrupt, of another kind, from a newer version, or contradicts itself.
+        """
+        return load_loss(cls, path)

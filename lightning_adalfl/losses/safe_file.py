@@ -1,0 +1,122 @@
+"""Tensors and plain values in a safetensors file that a stranger may hand over: bounded, checked, and never run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+_KEY = "lightning_adalfl"  # one entry for all of it, since safetensors keeps several in no fixed order
+_MAX_HEADER_BYTES = 1 << 16
+_MAX_FILE_BYTES = 1 << 28
+
+
+def write_safe_file(
+    path: str | os.PathLike[str], kind: str, version: int, content: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write tensors with a header; a reader sees the old file or the new one, never half of one.
+
+    Args:
+        path: The file; its folder is made if need be.
+        kind: What the file holds.
+        version: Of the format of that kind.
+        content: Plain values that JSON can hold.
+        tensors: Of any device; equal ones give equal bytes.
+
+    Raises:
+        ValueError: If it would be larger than what :func:`read_safe_file` accepts.
+    """
+    path = Path(path)
+    header = {_KEY: json.dumps({"kind": kind, "version": version, **content})}
+    data = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, header)
+    if len(data) > _MAX_FILE_BYTES or _header_bytes(data) > _MAX_HEADER_BYTES:
+        raise ValueError(f"cannot write {path}: a {kind} of {len(data):,} bytes is larger than what can be read again.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a rename is atomic within a file system alone
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_safe_file(path: str | os.PathLike[str], kind: str, version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the content and the tensors of a file that :func:`write_safe_file` wrote.
+
+    Args:
+        path: The file.
+        kind: What it must hold.
+        version: The newest format of that kind that the caller understands.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated, too large, of another kind, or of a newer format.
+    """
+    path = Path(path)
+    data = _bounded_bytes(path)
+    content = _content(path, data)
+    if content.get("kind") != kind:
+        raise ValueError(f"cannot read {path}: it holds {content.get('kind')!r} and not a {kind!r}; give another file.")
+    found = content.get("version")
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ValueError(f"cannot read {path}: its format version {found!r} is no positive number; save it again.")
+    if found > version:
+        raise ValueError(
+            f"cannot read {path}: its format version {found} is newer than {version}, which this version of "
+            "lightning_adalfl reads; upgrade lightning_adalfl."
+        )
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as error:  # whatever safetensors and torch make of bytes that are not theirs
+        raise ValueError(_corrupt(path, error)) from error
+    return content, tensors
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """Return what a file holds, by its header.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated, too large, or not of this package.
+    """
+    path = Path(path)
+    return str(_content(path, _bounded_bytes(path)).get("kind"))
+
+
+def _bounded_bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"cannot read {path}: there is no such file; check the path.")
+    with open(path, "rb") as file:
+        data = file.read(_MAX_FILE_BYTES + 1)
+    if len(data) > _MAX_FILE_BYTES:
+        raise ValueError(f"cannot read {path}: it has more than {_MAX_FILE_BYTES:,} bytes; give another file.")
+    return data
+
+
+def _header_bytes(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little")
+
+
+def _content(path: Path, data: bytes) -> dict[str, Any]:
+    size = _header_bytes(data)
+    if size > min(_MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError(_corrupt(path, f"its header of {size:,} bytes is cut off or too large"))
+    try:
+        content = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_KEY])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(_corrupt(path, f"it has no header of lightning_adalfl, {type(error).__name__}")) from error
+    if not isinstance(content, dict):
+        raise ValueError(_corrupt(path, "its header holds no named values"))
+    return content
+
+
+def _corrupt(path: Path, why: object) -> str:
+    return (
+        f"cannot read {path}: it is truncated, corrupt, or was not written by lightning_adalfl ({why}); "
+        "restore it from a copy, or save it again."
+    )
