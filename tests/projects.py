@@ -1,4 +1,4 @@
-"""Lightning projects as users write them, and their subclasses with a learned loss: what the `test_project_*` files train."""
+"""Lightning projects as users write them, and their subclasses with a learned loss."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def points(size: int = 96, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
 
 
-def loaders(batch_size: int = 16, shuffle: bool = True, dtype: torch.dtype = torch.float32) -> tuple[DataLoader, DataLoader]:
+def loaders(batch_size: int = 16, shuffle: bool = True, dtype: torch.dtype = torch.float32) -> list[DataLoader]:
     """Return a training loader of six batches and a validation loader of two."""
     train = DataLoader(points(dtype=dtype), batch_size, shuffle=shuffle)
-    return train, DataLoader(points(32, 1, dtype), 16)
+    return [train, DataLoader(points(32, 1, dtype), 16)]
 
 
 class Plain(L.LightningModule):

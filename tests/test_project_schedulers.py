@@ -1,4 +1,4 @@
-"""Schedulers step as in automatic optimization, because it is automatic optimization: the learning-rate traces are equal."""
+"""Schedulers step as in automatic optimization: the traces of learning rates are those of the plain module."""
 
 from __future__ import annotations
 

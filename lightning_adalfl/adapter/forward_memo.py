@@ -78,13 +78,15 @@ class ForwardMemo:
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """Keep BatchNorm's statistics in the body, which sees a batch that they have counted already."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    before = [(norm, dict(norm._buffers)) for norm in norms]
+    # Exchanged, since writing values back in place would spoil the graph of the base forward.
+    for norm, buffers in before:
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, kept in before:
-                buffer.copy_(kept)
+        for norm, buffers in before:
+            norm._buffers.update(buffers)
 
 
 def _same(known: Any, given: Any) -> bool:
