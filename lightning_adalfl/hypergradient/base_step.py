@@ -13,6 +13,7 @@ from lightning_adalfl.config import check_method
 from lightning_adalfl.hypergradient.forward_trace import ForwardTrace
 from lightning_adalfl.hypergradient.functional import FunctionalModel, Predict
 from lightning_adalfl.hypergradient.gradient_clipping import GradientTransform
+from lightning_adalfl.hypergradient.loss_slope import LossSlope, Objective
 from lightning_adalfl.hypergradient.optimizer_adjoint import OptimizerAdjoint, optimizer_adjoint
 from lightning_adalfl.hypergradient.random_state import RandomState
 from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerSnapshot, check_optimizer, has_differentiable_step
@@ -26,7 +27,7 @@ class BaseStep:
 
         step = BaseStep(model, optimizer)
         predictions, target = step.forward(batch)      # k times to accumulate gradients, of loss / k
-        loss(predictions, target).backward()
+        step.evaluate(loss).backward()                 # or loss(predictions, target).backward(), which is slower
         step.step()                                    # or step.before_step() and the step itself
         gradient = hypergradient(step, loss, task_loss, meta_batch)
 
@@ -71,6 +72,7 @@ class BaseStep:
         self.snapshot: OptimizerSnapshot | None = None
         self.transform: GradientTransform | None = None
         self._adjoint: OptimizerAdjoint | None = None
+        self._predictions: Tensor | None = None
         self._predict = predict or _default_predict(model)
         self._device = self.parameters[0].device
         # The compiler does not trace the recording, so a compiled model's forward is computed again; so is that of an
@@ -92,7 +94,23 @@ class BaseStep:
             with RecordPrimals(tape):
                 predictions, target = self._predict(batch)
         self.traces.append(ForwardTrace(batch, random_state, buffers, predictions.detach(), target, tape))
+        self._predictions = predictions
         return predictions, target
+
+    def evaluate(self, loss: Objective) -> Tensor:
+        """Return M_φ(y, f) of the last forward, a scalar whose backward reaches θ and leaves φ alone.
+
+        The hypergradient goes on from what is computed here, so that M_φ is evaluated once a step.
+
+        Raises:
+            ValueError: If there was no forward since the last call.
+        """
+        if self._predictions is None:
+            raise ValueError("`evaluate` was called without a `forward` before it; predict through this object first.")
+        predictions, self._predictions = self._predictions, None
+        trace = self.traces[-1]
+        trace.slope = LossSlope(loss, predictions, trace.target)
+        return trace.slope.at(predictions)
 
     def before_step(self, transform: GradientTransform | None = None) -> None:
         """Keep θ_t and what the derivative of the step needs; call it between backward (or clipping) and step.
@@ -156,6 +174,7 @@ class BaseStep:
     def clear(self) -> None:
         """Forget the recorded step; the copy of θ_t stays as a buffer."""
         self.traces = []
+        self._predictions = None
         self.active = []
         self.gradients = []
         self.snapshot = None

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_adalfl.hypergradient.loss_slope import LossSlope
 from lightning_adalfl.hypergradient.random_state import RandomState
 from lightning_adalfl.hypergradient.tangent_rules import PrimalTape
 
 
-@dataclass(frozen=True)
+@dataclass
 class ForwardTrace:
     """One base forward f_{θ_t}(x).
 
@@ -22,6 +23,7 @@ class ForwardTrace:
         predictions: f_{θ_t}(x), detached.
         target: y.
         tape: The results of its costly layers, or ``None`` if they were not kept.
+        slope: ∂M_φ/∂f there, once the base step has evaluated it.
     """
 
     batch: Any
@@ -30,3 +32,4 @@ class ForwardTrace:
     predictions: Tensor
     target: Tensor
     tape: PrimalTape | None
+    slope: LossSlope | None = None

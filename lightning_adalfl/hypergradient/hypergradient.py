@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_adalfl.hypergradient.base_step import BaseStep
 from lightning_adalfl.hypergradient.directional_derivative import finite_difference, forward_mode, moved_parameters
-from lightning_adalfl.hypergradient.forward_trace import ForwardTrace
+from lightning_adalfl.hypergradient.loss_slope import LossSlope, Objective, phi_of
 from lightning_adalfl.hypergradient.unrolled import adjoint_of_later_steps, transposed_first_step, unrolled
 
-Objective = Callable[[Tensor, Tensor], Tensor]
 AllReduce = Callable[[list[Tensor]], None]
 
 
@@ -25,7 +24,8 @@ class Hypergradient:
     Attributes:
         loss: ``∇_φ L_T``, one tensor for each parameter of the learned loss; empty for a loss without parameters.
         log_lr: ``∂L_T/∂log α`` of each parameter group, shape (groups,), the effect of the last step's learning rates;
-            for ASGD and Rprop, which follow the rates of earlier steps, that of the step's size.
+            for ASGD and Rprop, which follow the rates of earlier steps, that of the step's size. Shape (0,) if not
+            asked for.
         task_loss: L_T on the meta batch at θ_{t+1}, a scalar.
     """
 
@@ -43,6 +43,7 @@ def hypergradient(
     all_reduce: AllReduce | None = None,
     epsilon: float = 1e-2,
     loss_scale: float = 1.0,
+    log_lr: bool = True,
 ) -> Hypergradient:
     """Differentiate the task loss after the recorded base step(s) by the parameters φ of the loss that caused them.
 
@@ -59,6 +60,7 @@ def hypergradient(
             the result.
         epsilon: For ``"finite_difference"``: how far the parameters are moved, in Euclidean norm.
         loss_scale: A factor on L_T during its backward, taken out of v again, against underflow in half precision.
+        log_lr: Whether to compute ∂L_T/∂log α, which costs a pass over the parameters.
 
     Raises:
         ValueError: If a step was not recorded.
@@ -67,18 +69,18 @@ def hypergradient(
     chain = [steps] if isinstance(steps, BaseStep) else list(steps)
     if not chain or not all(step.traces and step.before for step in chain):
         raise ValueError("`steps` must hold at least one recorded base step; call `forward` and `step` on it first.")
-    phi: list[Tensor] = [p for p in loss.parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
+    phi = phi_of(loss)
     first, last = chain[0], chain[-1]
     # The casts that an autocast context around the base step keeps are those of θ_t.
     torch.clear_autocast_cache()
     if first.method == "reverse":
-        by_phi, log_lr, value = unrolled(chain, loss, phi, task_loss, meta_batch)
-        return _reduced(Hypergradient(by_phi, log_lr, value), all_reduce)
+        by_phi, by_log_lr, value = unrolled(chain, loss, phi, task_loss, meta_batch)
+        return _reduced(Hypergradient(by_phi, by_log_lr if log_lr else by_log_lr[:0], value), all_reduce)
 
     value, vector = _meta_gradient(last, task_loss, meta_batch, loss_scale)
     if all_reduce is not None:
         all_reduce(vector)
-    log_lr = _by_log_lr(last, vector)
+    by_log_lr = _by_log_lr(last, vector) if log_lr else torch.zeros(0, dtype=torch.float64, device=value.device)
     total = [torch.zeros_like(p) for p in phi]
     if phi:
         if len(chain) > 1:
@@ -87,7 +89,7 @@ def hypergradient(
         else:
             scale, direction = first.transposed([vector[i] for i in first.active])
         torch._foreach_add_(total, _by_phi(first, loss, phi, direction, epsilon), alpha=scale)
-    return _reduced(Hypergradient(tuple(total), log_lr, value), all_reduce)
+    return _reduced(Hypergradient(tuple(total), by_log_lr, value), all_reduce)
 
 
 def _meta_gradient(
@@ -112,10 +114,15 @@ def _by_log_lr(step: BaseStep, vector: Sequence[Tensor]) -> Tensor:
     with torch.no_grad():
         for group in step.groups:
             members = [i for i in range(start, start + len(group)) if i in active]
-            terms = [torch.sum(vector[i] * (step.parameters[i] - step.before[i]), dtype=torch.float64) for i in members]
+            terms = [_dot(vector[i], step.parameters[i] - step.before[i]) for i in members]
             dots.append(sum(terms, torch.zeros((), dtype=torch.float64, device=vector[0].device)))
             start += len(group)
     return torch.stack(dots)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return torch.dot(a.flatten().to(dtype), b.flatten().to(dtype)).double()
 
 
 def _by_phi(
@@ -131,19 +138,11 @@ def _by_phi(
             h = forward_mode(step.model, trace, parameters, direction)
         else:
             h = finite_difference(step.model, trace, parameters, size)
-        torch._foreach_add_(total, _contract(loss, phi, trace, h), alpha=1.0 / step.divisor)
+        slope = trace.slope
+        if slope is None or not slope.holds_for(loss, phi):
+            slope = LossSlope(loss, trace.predictions, trace.target)
+        torch._foreach_add_(total, slope.contracted(phi, h), alpha=1.0 / step.divisor)
     return total
-
-
-def _contract(loss: Objective, phi: list[Tensor], trace: ForwardTrace, h: Tensor) -> list[Tensor]:
-    """Return ``∂/∂φ ⟨m_t(φ), h⟩`` with ``m_t = ∂M_φ/∂f``: second order in the loss alone."""
-    with torch.enable_grad():
-        predictions = trace.predictions.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(loss(predictions, trace.target), predictions, create_graph=True)
-        product = torch.sum(slope.to(phi[0].dtype) * h.to(phi[0].dtype))
-        gradients = torch.autograd.grad(product, phi, allow_unused=True)
-    # A bias of the last layer moves the loss and not its slope.
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(phi, gradients)]
 
 
 def _reduced(result: Hypergradient, all_reduce: AllReduce | None) -> Hypergradient:
