@@ -125,8 +125,10 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=["kept", "recomputed"])
 def primals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forward mode with and without the base forward's own results; by itself it keeps those of large layers alone."""
-    monkeypatch.setattr(tangent_rules, "KEEP_FROM_MULTIPLICATIONS", 0 if request.param == "kept" else 10**9)
+    """Forward mode with and without the base forward's own results."""
+    if request.param == "recomputed":
+        monkeypatch.setattr(tangent_rules, "KEEP_FROM_MULTIPLICATIONS", 10**9)
+        monkeypatch.setattr(tangent_rules, "CHEAP_BYTES", 0)
     return request.param
 
 
