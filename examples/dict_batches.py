@@ -74,6 +74,11 @@ class LitTransformer(L.LightningModule):
         self.log("train_loss", loss)
         return loss
 
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the error rate."""
+        predicted = self.model(**batch).logits.argmax(1)
+        self.log("val_error", (predicted != batch["labels"]).float().mean())
+
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log the error rate."""
         predicted = self.model(**batch).logits.argmax(1)
@@ -104,7 +109,6 @@ def main() -> None:
     model = AdaTransformer(adalfl=AdaLFLConfig(task="multiclass"))
     trainer = L.Trainer(
         max_steps=args.steps,
-        limit_val_batches=0,
         log_every_n_steps=10,
         enable_checkpointing=False,
         callbacks=[AdaLFLInit(steps=args.init_steps), LossShapeLogger(every_n_steps=20)],

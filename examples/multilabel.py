@@ -26,7 +26,8 @@ class Tagger(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.model = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, LABELS))
-        self.f1 = MultilabelF1Score(LABELS)
+        self.val_f1 = MultilabelF1Score(LABELS)
+        self.test_f1 = MultilabelF1Score(LABELS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits of shape (N, labels)."""
@@ -37,11 +38,17 @@ class Tagger(L.LightningModule):
         x, y = batch
         return F.binary_cross_entropy_with_logits(self(x), y)
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the F1 score."""
+        x, y = batch
+        self.val_f1(self(x), y.int())
+        self.log("val_f1", self.val_f1)
+
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log the F1 score."""
         x, y = batch
-        self.f1(self(x), y.int())
-        self.log("test_f1", self.f1)
+        self.test_f1(self(x), y.int())
+        self.log("test_f1", self.test_f1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam."""
@@ -67,7 +74,6 @@ def main() -> None:
     model = AdaTagger(adalfl=AdaLFLConfig(task="multilabel"))
     trainer = L.Trainer(
         max_steps=args.steps,
-        limit_val_batches=0,
         log_every_n_steps=10,
         enable_checkpointing=False,
         callbacks=[AdaLFLInit(steps=args.init_steps), LossShapeLogger(every_n_steps=20)],

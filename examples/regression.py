@@ -37,6 +37,11 @@ class Regressor(L.LightningModule):
         self.log("train_error", loss, prog_bar=True)
         return loss
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the squared error."""
+        x, y = batch
+        self.log("val_error", F.mse_loss(self(x), y))
+
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log the squared error."""
         x, y = batch
@@ -63,7 +68,6 @@ def main() -> None:
     model = AdaRegressor(adalfl=AdaLFLConfig(task="regression"))
     trainer = L.Trainer(
         max_steps=args.steps,
-        limit_val_batches=0,
         log_every_n_steps=1,
         enable_checkpointing=False,
         callbacks=[AdaLFLInit(steps=args.init_steps), LossShapeLogger(every_n_steps=20)],

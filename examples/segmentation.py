@@ -43,7 +43,8 @@ class Segmenter(L.LightningModule):
             nn.Sequential(nn.Conv2d(a, b, 5, padding=2), nn.BatchNorm2d(b), nn.ReLU()) for a, b in zip(widths, widths[1:])
         ]
         self.model = nn.Sequential(*blocks, nn.Conv2d(16, 3, 1))
-        self.iou = MulticlassJaccardIndex(3)
+        self.val_iou = MulticlassJaccardIndex(3)
+        self.test_iou = MulticlassJaccardIndex(3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of shape (N, 3, H, W)."""
@@ -54,11 +55,17 @@ class Segmenter(L.LightningModule):
         x, y = batch
         return F.cross_entropy(self(x), y)
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the intersection over union."""
+        x, y = batch
+        self.val_iou(self(x), y)
+        self.log("val_iou", self.val_iou)
+
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log the intersection over union."""
         x, y = batch
-        self.iou(self(x), y)
-        self.log("test_iou", self.iou)
+        self.test_iou(self(x), y)
+        self.log("test_iou", self.test_iou)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return SGD with momentum."""
@@ -84,7 +91,6 @@ def main() -> None:
     model = AdaSegmenter(adalfl=AdaLFLConfig(task="multiclass"))
     trainer = L.Trainer(
         max_steps=args.steps,
-        limit_val_batches=0,
         log_every_n_steps=10,
         enable_checkpointing=False,
         callbacks=[AdaLFLInit(steps=args.init_steps), LossShapeLogger(every_n_steps=20)],
