@@ -223,7 +223,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file that takes its name only once it is complete, so that a crash never leaves half of one there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")  # in the same folder: a rename is atomic only within a file system
+    # in the same folder, since a rename is atomic only within a file system; one for each process that writes there
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
             yield file

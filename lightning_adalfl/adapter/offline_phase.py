@@ -65,7 +65,8 @@ class OfflinePhase:
         self._initial = {name: tensor.detach().clone() for name, tensor in base_state(module).items()}
         self._reduce = mean_over_processes(self.trainer)
         broadcast(self.learner, self.trainer)
-        self.learner.start(lr, lr)
+        self._meta_rates = (lr, lr)
+        self.learner.start(*self._meta_rates)
 
     def step(self) -> float:
         """Take one meta step (lines 3 to 10); return the task loss after the inner steps."""
@@ -101,6 +102,28 @@ class OfflinePhase:
         for group, rate in zip(self._sgd.param_groups, self._rates):
             group["lr"] = rate * scale
         step.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next step depends on, in plain containers; call it between two steps."""
+        return {
+            "learner": {name: tensor.detach().clone() for name, tensor in self.learner.state_dict().items()},
+            "progress": self.learner.progress(),
+            "train_batches": self.train_batches.state_dict(),
+            "meta_batches": self.meta_batches.state_dict(),
+            "draws": self._draws.get_state(),
+            "random_state": RandomState.capture(self.module.device).to_plain(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.learner.load_state_dict(state["learner"])
+        self.learner.load_progress(state["progress"])
+        self.learner.start(*self._meta_rates)
+        self.train_batches.load_state_dict(state["train_batches"])
+        self.meta_batches.load_state_dict(state["meta_batches"])
+        self._draws.set_state(state["draws"].cpu())
+        # Last, since drawing batches again has moved the generators.
+        RandomState.from_plain(state["random_state"], self.module.device).restore()
 
     @property
     def _loss_scale(self) -> float:

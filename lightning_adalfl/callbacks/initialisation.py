@@ -15,18 +15,20 @@ from lightning_adalfl.adapter.imitation import imitate_task_loss
 from lightning_adalfl.adapter.meta_batches import private_train_loader
 from lightning_adalfl.adapter.offline_phase import OfflinePhase, untouched
 from lightning_adalfl.callbacks.offline_progress import OfflineProgress
+from lightning_adalfl.callbacks.termination import termination_noted
 from lightning_adalfl.mixin import AdaLFLMixin
 
 
 class AdaLFLInit(Callback):
     """Learns the loss offline in ``on_fit_start`` (Algorithm 1; Algorithm 3 for the learning rate).
 
-    Base parameters, buffers, optimizer state and random states are afterwards as if it had not run. It runs once: not on a
-    resumed run, nor in a second ``fit``. Under ``fast_dev_run`` it takes as many steps as that has batches.
+    Base parameters, buffers, optimizer state and random states are afterwards as if it had not run. It runs once: not on
+    a resumed run, nor in a second ``fit``. Under ``fast_dev_run`` it takes as many steps as that has batches.
 
-    A run that is killed meanwhile goes on where it was saved last when it is started again with the same seed, and ends as if it
-    had not been stopped; SIGTERM saves and stops it at the next step. The file is ``adalfl_offline_*.pt`` in the Trainer's
-    ``default_root_dir``, goes when the first checkpoint is there, and is not written where the Trainer keeps no checkpoints.
+    A run that is killed meanwhile goes on where it was saved last when it is started again with the same seed, and ends
+    as if it had not been stopped; SIGTERM saves and stops it at the next step. The file is ``adalfl_offline_*.pt`` in
+    the Trainer's ``default_root_dir``. It goes when the first checkpoint is there, and where the Trainer keeps no
+    checkpoints it is not written.
 
     Args:
         steps: S_init, the meta steps; 0 for none.
@@ -83,8 +85,8 @@ class AdaLFLInit(Callback):
         """Refuse a module without a learned loss."""
         if not isinstance(pl_module, AdaLFLMixin):
             raise MisconfigurationException(
-                f"AdaLFLInit needs a module with a learned loss; got {type(pl_module).__name__}. Put AdaLFLMixin left of it: "
-                f"class Ada{type(pl_module).__name__}(AdaLFLMixin, {type(pl_module).__name__})."
+                f"AdaLFLInit needs a module with a learned loss; got {type(pl_module).__name__}. Put AdaLFLMixin left "
+                f"of it: class Ada{type(pl_module).__name__}(AdaLFLMixin, {type(pl_module).__name__})."
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -115,11 +117,13 @@ class AdaLFLInit(Callback):
             self._run(trainer, phase, steps, self._progress)
         learner.stop(forget=True)
         learner.initialised = True
+        learner.meta_steps = 0  # counts those of training
         rank_zero_info(f"Offline phase: {steps} meta steps.")
 
     def _run(self, trainer: pl.Trainer, phase: OfflinePhase, steps: int, progress: OfflineProgress) -> None:
         first, done = 0.0, 0
-        with tqdm(total=steps, desc="Offline phase", disable=not self._shows(trainer), leave=False) as bar:
+        shown = tqdm(total=steps, desc="Offline phase", disable=not self._shows(trainer), leave=False)
+        with shown as bar, termination_noted() as termination:
             while done < steps:
                 task_loss, done = phase.step(), done + 1
                 if done == 1:
@@ -128,7 +132,7 @@ class AdaLFLInit(Callback):
                     if saved is not None:
                         phase.load_state_dict(saved["phase"])
                         done = saved["step"]
-                stopped = self._stopped(trainer)
+                stopped = termination.anywhere(trainer)
                 if stopped or progress.due(done) or done == steps > self.save_every:
                     progress.save({"step": done, "first": first, "phase": phase.state_dict()})
                 if stopped:
@@ -149,11 +153,15 @@ class AdaLFLInit(Callback):
             "seed": seed,
         }
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Note that what the phase has learned is about to be in a checkpoint."""
         self._checkpointed = True
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Remove the phase's file once a checkpoint has been written."""
         if self._checkpointed and self._progress is not None:
             self._progress.remove()
@@ -164,12 +172,6 @@ class AdaLFLInit(Callback):
         if self._progress is not None:
             self._progress.remove()
             self._progress = None
-
-    @staticmethod
-    def _stopped(trainer: pl.Trainer) -> bool:
-        """Return whether any process was told to terminate, which Lightning heeds only once training has begun."""
-        received = bool(trainer.received_sigterm)
-        return trainer.strategy.reduce_boolean_decision(received, all=False) if trainer.world_size > 1 else received
 
     @staticmethod
     def _shows(trainer: pl.Trainer) -> bool:

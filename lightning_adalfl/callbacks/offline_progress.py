@@ -21,8 +21,8 @@ _SAME = 1e-3  # relative; the first meta step of the same run differs by less, o
 class OfflineProgress:
     """Saves an offline phase under a name that only the same run has, and gives it back to that run.
 
-    The name is made from the seed and the settings. Whether data, model and code are the same shows in the first meta step, which
-    every start takes: its task loss must be the one that was saved.
+    The name is made from the seed and the settings. Whether data, model and code are the same shows in the first meta
+    step, which every start takes: its task loss must be the one that was saved.
 
     Args:
         trainer: Writes on its first process, in its ``default_root_dir``, and only where it keeps checkpoints as well.
@@ -75,14 +75,14 @@ class OfflineProgress:
             return None
         if version != _FORMAT_VERSION or len(states) != self._trainer.world_size:
             rank_zero_warn(
-                f"The offline phase starts over: {self.path} was written by another version of lightning_adalfl, or for "
-                f"{len(states)} processes where there are {self._trainer.world_size}."
+                f"The offline phase starts over: {self.path} was written by another version of lightning_adalfl, or "
+                f"for {len(states)} processes where there are {self._trainer.world_size}."
             )
             return None
         if not math.isclose(known, first, rel_tol=_SAME):
             rank_zero_warn(
-                f"The offline phase starts over: the one in {self.path} began with a task loss of {known:.6g} and this one with "
-                f"{first:.6g}, so model, data or code have changed since."
+                f"The offline phase starts over: the one in {self.path} began with a task loss of {known:.6g} and this "
+                f"one with {first:.6g}, so model, data or code have changed since."
             )
             return None
         rank_zero_info(f"Offline phase: going on after {step} meta steps, from {self.path}.")
