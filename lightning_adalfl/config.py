@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_adalfl.losses.base import LearnedLoss
 from lightning_adalfl.losses.pairing import check_task
+from lightning_adalfl.losses.representations import representation_of
 
 Method = Literal["forward", "finite_difference", "reverse"]
 Representation = Literal[
@@ -47,6 +50,8 @@ class AdaLFLConfig:
         bias: Whether ``"network"`` has biases.
         weight_init: Of ``"network"``: ``"kaiming_normal"`` or ``"xavier_uniform"``.
         reduction: Over the outputs: ``"mean"`` (Eq. 3) or ``"sum"``.
+        initial_loss: A file of :meth:`LearnedLoss.save`. φ begins with it, in place of a random draw and an offline
+            phase; with ``online=False`` it is the fixed loss of this model. The five fields above are as in the file.
         meta_lr: η, the learning rate of φ online.
         lr_meta_lr: The learning rate of log α, for ``learn="lr"`` and ``"both"``.
         meta_optimizer: A class of ``torch.optim`` by its name.
@@ -71,6 +76,7 @@ class AdaLFLConfig:
     bias: bool = False
     weight_init: str = "kaiming_normal"
     reduction: str = "mean"
+    initial_loss: str | None = None
     meta_lr: float = 1e-5
     lr_meta_lr: float = 1e-3
     meta_optimizer: str = "Adam"
@@ -109,6 +115,32 @@ class AdaLFLConfig:
             object.__setattr__(self, "task_loss", _imported(self.task_loss))
         elif self.task_loss is not None and not callable(self.task_loss):
             raise TypeError(f"`task_loss` must be callable, an import path, or None; got {self.task_loss!r}.")
+        if self.initial_loss is not None:
+            self._take_over_structure()
+
+    def _take_over_structure(self) -> None:
+        """Give the fields that describe the loss the values that they have in ``initial_loss``."""
+        if not isinstance(self.initial_loss, (str, os.PathLike)):
+            raise TypeError(f"`initial_loss` must be the path of a saved loss, or None; got {self.initial_loss!r}.")
+        path = os.fspath(self.initial_loss)
+        if not self.learns_loss:
+            raise ValueError(f"`initial_loss` {path!r} has no use with `learn='lr'`, which trains with the task loss.")
+        try:
+            loss = LearnedLoss.load(path)
+            structure = representation_of(loss)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`initial_loss` {path!r} cannot be used: {error}.") from error
+        if loss.task != self.task:
+            raise ValueError(
+                f"`initial_loss` {path!r} is for task {loss.task!r} and `task` is {self.task!r}: its predictions are "
+                "of another kind. Give a loss that was learned on the same kind of task."
+            )
+        object.__setattr__(self, "initial_loss", path)
+        for name in ("representation", "output_activation", "bias", "weight_init", "reduction"):
+            given, found = getattr(self, name), structure.get(name, _DEFAULTS[name])
+            if given not in (found, _DEFAULTS[name]):
+                raise ValueError(f"`{name}` is {found!r} in `initial_loss` {path!r}; got {given!r}. Leave it out.")
+            object.__setattr__(self, name, found)
 
     @property
     def learns_loss(self) -> bool:
@@ -143,6 +175,9 @@ class AdaLFLConfig:
         if unknown:
             raise ValueError(f"`adalfl` has unknown fields {unknown}; known are {sorted(known)}.")
         return cls(**values)
+
+
+_DEFAULTS = {field.name: field.default for field in fields(AdaLFLConfig)}
 
 
 def _check_choice(name: str, value: object, choices: Any) -> None:

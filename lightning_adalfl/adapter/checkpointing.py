@@ -20,6 +20,10 @@ def save(module: pl.LightningModule, learner: MetaLearner, checkpoint: dict[str,
     state_dict = checkpoint["state_dict"]
     phi = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
     saved: dict[str, Any] = {"state_dict": phi, "progress": learner.progress()}
+    hyperparameters = checkpoint.get("hyper_parameters", {})
+    if "adalfl" in hyperparameters:
+        # φ is in the checkpoint, which must load where the file that it began with is not.
+        hyperparameters["adalfl"] = {**hyperparameters["adalfl"], "initial_loss": None}
     trainer = module._trainer
     if trainer is not None and learner.run is not None:
         here = {"global": RandomState.capture(module.device).to_plain(), "run": learner.run.state_dict()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ class MetaLearner(nn.Module):
         base_steps: Base steps taken.
         meta_steps: Meta steps taken online.
         skipped_meta_steps: Meta steps left out because the hypergradient was not finite.
-        initialised: Whether an offline phase has run.
+        initialised: Whether φ needs no offline phase, since one has run or φ was given.
         run: What lives for the length of one fit.
         resumed: Where the fit that a checkpoint was written by stood, until the next one has taken it over.
     """
@@ -45,7 +46,7 @@ class MetaLearner(nn.Module):
         self.base_steps = 0
         self.meta_steps = 0
         self.skipped_meta_steps = 0
-        self.initialised = False
+        self.initialised = config.initial_loss is not None
         self.run: OnlineRun | None = None
         self.resumed: dict[str, Any] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -145,6 +146,14 @@ class MetaLearner(nn.Module):
         self.skipped_meta_steps = progress["skipped_meta_steps"]
         self.initialised = progress["initialised"]
         self._optimizer_state = progress["meta_optimizer"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MetaLearner:
+        def at_least_single(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            # Meta steps of the size of η vanish in half precision.
+            return tensor.to(result.device) if result.dtype in (torch.half, torch.bfloat16) else result
+
+        return super()._apply(at_least_single, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the module, as weight averaging makes one, has no part in the fit that is under way.

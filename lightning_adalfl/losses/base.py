@@ -22,7 +22,8 @@ class LearnedLoss(nn.Module, ABC):
     Args:
         task: How predictions and targets become pairs; see :func:`lightning_adalfl.losses.pairing.to_pairs`.
         reduction: Over the outputs of an instance, ``"mean"`` as in Eq. 3, or ``"sum"`` as the paper's prose has it;
-            with C outputs they differ by the factor C, which acts as a learning rate. Over instances it is always the mean.
+            with C outputs they differ by the factor C, which acts as a learning rate. Over instances it is always the
+            mean.
 
     Raises:
         ValueError: For an unknown task or reduction.
