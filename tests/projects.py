@@ -24,8 +24,8 @@ INERT = AdaLFLConfig(task="multiclass", learn="lr", online=False)
 def points(size: int = 96, seed: int = 0, dtype: torch.dtype = torch.float32) -> TensorDataset:
     """Return points in four dimensions, in three classes."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(size, 4, generator=generator, dtype=dtype)
-    return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
+    x = torch.randn(size, 4, generator=generator)
+    return TensorDataset(x.to(dtype), (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
 
 
 def loaders(batch_size: int = 16, shuffle: bool = True, dtype: torch.dtype = torch.float32) -> list[DataLoader]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_adalfl.adapter.distributed import broadcast, mean_over_processes
+from lightning_adalfl.adapter.loss_scale import LossScale
 from lightning_adalfl.adapter.meta_batches import EndlessBatches, moved_to_device
 from lightning_adalfl.adapter.meta_learner import MetaLearner
 from lightning_adalfl.adapter.requirements import check_excluded, check_optimizers
@@ -48,6 +50,8 @@ class OnlineRun:
         self._reduce = mean_over_processes(self.trainer)
         self._recorded = False
         self._scale = 1.0
+        self._last_step: float | None = None
+        self._meta_scale = LossScale(self.trainer)
         broadcast(learner, self.trainer)
         learner.start(config.meta_lr, config.lr_meta_lr)
 
@@ -73,7 +77,16 @@ class OnlineRun:
         if self.base_step.traces:
             self.base_step.traces.pop()
 
-    def observe(self, learned: Tensor, predictions: Tensor, target: Tensor) -> None:
+    def objective(self, predictions: Tensor, target: Tensor) -> Tensor:
+        """Return what the base step descends, on what was predicted last."""
+        if self.due and self.learner.loss is not None:
+            learned = self.base_step.evaluate(self.learner.loss)  # the meta step goes on from this evaluation
+        else:
+            learned = self.learner.objective(predictions, target)
+        self._observe(learned, predictions, target)
+        return learned
+
+    def _observe(self, learned: Tensor, predictions: Tensor, target: Tensor) -> None:
         """Note the learned loss and, where it is about to be logged, the implied learning rate (section 5.5)."""
         self.logged["adalfl/learned_loss"] = learned.detach()
         if "adalfl/implied_lr" in self.logged and (self.learner.base_steps + 1) % self.trainer.log_every_n_steps:
@@ -124,18 +137,26 @@ class OnlineRun:
             if self.learner.config.learns_lr:
                 self.logged["adalfl/lr_scale"] = self.learner.log_lr_scale.detach().exp()
         self.learner.base_steps += 1
+        now = time.perf_counter()
+        if self._last_step is not None:
+            self.logged["adalfl/seconds_per_step"] = torch.tensor(now - self._last_step)
+        self._last_step = now
 
     def _hypergradient(self) -> Hypergradient:
         learner = self.learner
         with self.stream.drawing(), self.trainer.precision_plugin.train_step_context():
-            return hypergradient(
-                self.base_step,
-                learner.task_loss if learner.loss is None else learner.loss,
-                learner.task_loss,
-                moved_to_device(self.module, next(self.batches)),  # type: ignore[arg-type]
-                all_reduce=self._reduce,
-                loss_scale=self._scale,
-            )
+            batch = moved_to_device(self.module, next(self.batches))  # type: ignore[arg-type]
+            while True:
+                gradient = hypergradient(
+                    self.base_step,
+                    learner.task_loss if learner.loss is None else learner.loss,
+                    learner.task_loss,
+                    batch,
+                    all_reduce=self._reduce,
+                    loss_scale=self._meta_scale.value,
+                )
+                if self._meta_scale.fits([*gradient.loss, gradient.log_lr]):
+                    return gradient
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -144,7 +165,11 @@ class OnlineRun:
     def state_dict(self) -> dict[str, Any]:
         """Return where the meta batches and their random stream are."""
         batches = None if self.batches is None else self.batches.state_dict()
-        return {"meta_batches": batches, "random_state": self.stream.state.to_plain()}
+        return {
+            "meta_batches": batches,
+            "random_state": self.stream.state.to_plain(),
+            "loss_scale": self._meta_scale.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
@@ -152,6 +177,7 @@ class OnlineRun:
             with self.stream.drawing():
                 self.batches.load_state_dict(state["meta_batches"])
         self.stream = RandomStream(RandomState.from_plain(state["random_state"], self.module.device))
+        self._meta_scale.load_state_dict(state["loss_scale"])
 
 
 def implied_scale(objective: TaskLoss, task_loss: TaskLoss, predictions: Tensor, target: Tensor) -> Tensor:
