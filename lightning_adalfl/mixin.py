@@ -149,9 +149,7 @@ class AdaLFLMixin(pl.LightningModule):
         if output is None:
             run.skip()
             return None
-        learned = self.adalfl.objective(predictions, target)
-        run.observe(learned, predictions, target)
-        return {**output, "loss": learned}
+        return {**output, "loss": run.objective(predictions, target)}
 
     def _module_step(self, memo: ForwardMemo, batch: Any, batch_idx: int) -> dict[str, Any] | None:
         """Run the module's own training step without gradients; ``None`` if it skips the batch."""
