@@ -50,8 +50,10 @@ class AdaLFLConfig:
         bias: Whether ``"network"`` has biases.
         weight_init: Of ``"network"``: ``"kaiming_normal"`` or ``"xavier_uniform"``.
         reduction: Over the outputs: ``"mean"`` (Eq. 3) or ``"sum"``.
+        residual: Whether ``"network"`` is added to the task's handcrafted loss and begins at zero, so that training starts from
+            the handcrafted loss; ``False`` as in the paper.
         initial_loss: A file of :meth:`LearnedLoss.save`. φ begins with it, in place of a random draw and an offline
-            phase; with ``online=False`` it is the fixed loss of this model. The five fields above are as in the file.
+            phase; with ``online=False`` it is the fixed loss of this model. The six fields above are as in the file.
         meta_lr: η, the learning rate of φ online.
         lr_meta_lr: The learning rate of log α, for ``learn="lr"`` and ``"both"``.
         meta_optimizer: A class of ``torch.optim`` by its name.
@@ -61,6 +63,14 @@ class AdaLFLConfig:
         base_fraction: The part of the base batch that the Jacobian-vector product is taken on, chosen at random.
         hypergradient: ``"forward"`` (exact, forward-mode AD), ``"finite_difference"`` (cheapest, approximate; no AD needed) or
             ``"reverse"`` (exact, a double backward through the model; the reference).
+        max_gain: The slope of the learned loss is normalised to that of the task loss, times a learned gain in [1, ``max_gain``];
+            see :class:`~lightning_adalfl.losses.bounded.BoundedLoss`. ``None``, as in the paper, takes the slope as it is.
+        min_cosine: In (0, 1): where the angle between the two slopes has a smaller cosine, it is brought back to that. For
+            ``max_gain`` alone.
+        gain_lr: The learning rate of the logarithm of the gain, offline and online.
+        safeguard: Whether training goes back to the last good φ, and then to the task loss, when the task loss on meta batches
+            no longer falls or the hypergradient is not finite; see :class:`~lightning_adalfl.adapter.safeguard.Safeguard`.
+        safeguard_window: The meta steps that this is judged by.
         learn: ``"loss"``, ``"lr"`` (the learning rate alone: MetaLR, Algorithms 3 and 4) or ``"both"``.
         online: Whether φ goes on learning in training (Algorithm 2); ``False`` after an offline phase is ML³.
 
@@ -76,8 +86,9 @@ class AdaLFLConfig:
     bias: bool = False
     weight_init: str = "kaiming_normal"
     reduction: str = "mean"
+    residual: bool = True
     initial_loss: str | None = None
-    meta_lr: float = 1e-5
+    meta_lr: float = 1e-4
     lr_meta_lr: float = 1e-3
     meta_optimizer: str = "Adam"
     meta_every: int = 1
@@ -85,6 +96,11 @@ class AdaLFLConfig:
     meta_batch_size: int | None = None
     base_fraction: float = 1.0
     hypergradient: str = "forward"
+    max_gain: float | None = 10.0
+    min_cosine: float = 0.8
+    gain_lr: float = 1e-2
+    safeguard: bool = True
+    safeguard_window: int = 100
     learn: str = "loss"
     online: bool = True
 
@@ -103,7 +119,16 @@ class AdaLFLConfig:
         _check_positive("base_fraction", self.base_fraction)
         if self.base_fraction > 1:
             raise ValueError(f"`base_fraction` must lie in (0, 1], a part of the batch; got {self.base_fraction}.")
-        for name in ("bias", "online"):
+        _check_positive("gain_lr", self.gain_lr)
+        _check_positive("min_cosine", self.min_cosine)
+        if self.min_cosine >= 1:
+            raise ValueError(f"`min_cosine` must lie in (0, 1), such as 0.8; got {self.min_cosine}.")
+        if self.max_gain is not None:
+            _check_positive("max_gain", self.max_gain)
+            if self.max_gain <= 1:
+                raise ValueError(f"`max_gain` must be more than 1, or None for no bounds; got {self.max_gain}.")
+        _check_count("safeguard_window", self.safeguard_window)
+        for name in ("bias", "online", "residual", "safeguard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False; got {getattr(self, name)!r}.")
         optimizer = getattr(torch.optim, str(self.meta_optimizer), None)
@@ -136,11 +161,24 @@ class AdaLFLConfig:
                 "of another kind. Give a loss that was learned on the same kind of task."
             )
         object.__setattr__(self, "initial_loss", path)
-        for name in ("representation", "output_activation", "bias", "weight_init", "reduction"):
+        for name in ("representation", "output_activation", "bias", "weight_init", "reduction", "residual"):
             given, found = getattr(self, name), structure.get(name, _DEFAULTS[name])
             if given not in (found, _DEFAULTS[name]):
                 raise ValueError(f"`{name}` is {found!r} in `initial_loss` {path!r}; got {given!r}. Leave it out.")
             object.__setattr__(self, name, found)
+
+    @classmethod
+    def paper(cls, task: str, **changes: Any) -> AdaLFLConfig:
+        """Return the paper's own recipe: the network alone, no bounds, no safeguard, η = 1e-5.
+
+        To be used with ``AdaLFLInit.paper()``.
+
+        Args:
+            task: As above.
+            **changes: Fields that are to differ.
+        """
+        recipe = {"residual": False, "max_gain": None, "safeguard": False, "meta_lr": 1e-5}
+        return cls(task, **{**recipe, **changes})
 
     @property
     def learns_loss(self) -> bool:

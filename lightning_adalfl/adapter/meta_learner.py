@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.hypergradient import Hypergradient
 from lightning_adalfl.losses.base import LearnedLoss
+from lightning_adalfl.losses.bounded import BoundedLoss
 from lightning_adalfl.losses.representations import build_loss
 from lightning_adalfl.losses.task_losses import TaskLoss, default_task_loss
 
@@ -27,6 +28,7 @@ class MetaLearner(nn.Module):
 
     Attributes:
         loss: The learned loss M_φ; ``None`` if the learning rate alone is learned.
+        log_gain: γ of the :class:`~lightning_adalfl.losses.bounded.BoundedLoss`, if there are bounds.
         log_lr_scale: s, where the base optimizer steps with α·exp(s); learned for ``learn="lr"`` and ``"both"``.
         base_steps: Base steps taken.
         meta_steps: Meta steps taken online.
@@ -43,6 +45,10 @@ class MetaLearner(nn.Module):
         self.loss: LearnedLoss | None = build_loss(config) if config.learns_loss else None
         if config.learns_lr:
             self.log_lr_scale = nn.Parameter(torch.zeros(()))
+        # Not registered as a submodule: that would put φ into the state_dict twice.
+        self.__dict__["_bounded"] = self._bounds()
+        if self._bounded is not None:
+            self.log_gain = self._bounded.log_gain
         self.base_steps = 0
         self.meta_steps = 0
         self.skipped_meta_steps = 0
@@ -59,8 +65,26 @@ class MetaLearner(nn.Module):
         if self.loss is None:
             return self.task_loss(predictions, target)
         # Detached, so that the base backward leaves no gradient in φ.
-        phi = {name: p.detach() for name, p in self.loss.named_parameters()}
-        return torch.func.functional_call(self.loss, phi, (predictions, target))
+        phi = {name: p.detach() for name, p in self.trained.named_parameters()}
+        return torch.func.functional_call(self.trained, phi, (predictions, target))
+
+    @property
+    def trained(self) -> nn.Module:
+        """What trains the base model: the learned loss, within its bounds if it has any."""
+        trained = self.loss if self._bounded is None else self._bounded
+        if trained is None:
+            raise RuntimeError("with `learn='lr'` there is no learned loss.")
+        return trained
+
+    def _bounds(self) -> BoundedLoss | None:
+        config = self.config
+        fixed = config.initial_loss is not None and not config.online
+        if self.loss is None or config.max_gain is None or fixed:
+            return None
+        bounded = BoundedLoss(self.loss, self.task_loss, config.max_gain, config.min_cosine)
+        if config.learns_lr:
+            bounded.log_gain.requires_grad_(False)  # the learning rate takes its part
+        return bounded
 
     @property
     def lr_scale(self) -> float:
@@ -70,6 +94,8 @@ class MetaLearner(nn.Module):
     def start(self, meta_lr: float, lr_meta_lr: float) -> None:
         """Make a fresh meta optimizer, with state from a checkpoint if there is one."""
         groups: list[dict[str, Any]] = []
+        if self._learns_gain:
+            groups.append({"params": [self.log_gain], "lr": self.config.gain_lr})
         if self.loss is not None:
             groups.append({"params": list(self.loss.parameters()), "lr": meta_lr})
         if self.config.learns_lr:
@@ -110,13 +136,20 @@ class MetaLearner(nn.Module):
             parameter.grad = g
         self._optimizer.step()
         self._optimizer.zero_grad()
+        if self._bounded is not None:
+            self._bounded.clamp_gain()
         self.meta_steps += 1
         return norm
 
     def learned_parameters(self) -> list[nn.Parameter]:
-        """Return φ, and s where it is learned, in the order of a hypergradient."""
+        """Return φ, with the gain and s where they are learned, in the order of a hypergradient."""
         parameters = [] if self.loss is None else list(self.loss.parameters())
+        parameters = [self.log_gain, *parameters] if self._learns_gain else parameters
         return [*parameters, self.log_lr_scale] if self.config.learns_lr else parameters
+
+    @property
+    def _learns_gain(self) -> bool:
+        return self._bounded is not None and self._bounded.log_gain.requires_grad
 
     def progress(self) -> dict[str, Any]:
         """Return counters and the meta optimizer's state, in plain containers."""

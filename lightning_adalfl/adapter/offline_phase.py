@@ -76,7 +76,7 @@ class OfflinePhase:
                 self._inner_step(step)
             gradient = hypergradient(
                 self._steps,
-                self.learner.task_loss if self.learner.loss is None else self.learner.loss,
+                self.learner.task_loss if self.learner.loss is None else self.learner.trained,
                 self.learner.task_loss,
                 moved_to_device(self.module, next(self.meta_batches)),
                 all_reduce=self._reduce,

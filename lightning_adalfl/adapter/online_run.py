@@ -80,7 +80,7 @@ class OnlineRun:
     def objective(self, predictions: Tensor, target: Tensor) -> Tensor:
         """Return what the base step descends, on what was predicted last."""
         if self.due and self.learner.loss is not None:
-            learned = self.base_step.evaluate(self.learner.loss)  # the meta step goes on from this evaluation
+            learned = self.base_step.evaluate(self.learner.trained)  # the meta step goes on from this evaluation
         else:
             learned = self.learner.objective(predictions, target)
         self._observe(learned, predictions, target)
@@ -149,7 +149,7 @@ class OnlineRun:
             while True:
                 gradient = hypergradient(
                     self.base_step,
-                    learner.task_loss if learner.loss is None else learner.loss,
+                    learner.task_loss if learner.loss is None else learner.trained,
                     learner.task_loss,
                     batch,
                     all_reduce=self._reduce,

@@ -46,12 +46,12 @@ class AdaLFLInit(Callback):
 
     Example::
 
-        Trainer(callbacks=[AdaLFLInit(steps=2500)]).fit(model, datamodule=data)
+        Trainer(callbacks=[AdaLFLInit(steps=500)]).fit(model, datamodule=data)
     """
 
     def __init__(
         self,
-        steps: int = 2500,
+        steps: int = 500,
         lr: float = 1e-3,
         inner_steps: int = 1,
         reset: str = "fresh",
@@ -80,6 +80,15 @@ class AdaLFLInit(Callback):
         self.save_every = save_every
         self._progress: OfflineProgress | None = None
         self._checkpointed = False
+
+    @classmethod
+    def paper(cls, **changes: Any) -> AdaLFLInit:
+        """Return the paper's own recipe, S_init = 2500 (section 4.4), for a module with ``AdaLFLConfig.paper()``.
+
+        Args:
+            **changes: Arguments that are to differ.
+        """
+        return cls(**{"steps": 2500, **changes})
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a module without a learned loss."""

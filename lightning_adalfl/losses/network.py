@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_adalfl.losses.activations import ACTIVATIONS
 from lightning_adalfl.losses.base import LearnedLoss
+from lightning_adalfl.losses.handcrafted import handcrafted_pairwise
 
 WEIGHT_INITS: dict[str, Callable[[Tensor], Tensor]] = {
     "kaiming_normal": nn.init.kaiming_normal_,
@@ -28,6 +29,8 @@ class LossNetwork(LearnedLoss):
         bias: Whether the linear layers have biases.
         weight_init: ``"kaiming_normal"`` or ``"xavier_uniform"``.
         reduction: See :class:`LearnedLoss`.
+        residual: Whether ℓ_φ is the task's handcrafted loss plus the network, whose output weights then begin at zero, so that
+            training starts from the handcrafted loss.
 
     Raises:
         ValueError: For an unknown name, or a width that is not positive.
@@ -42,6 +45,7 @@ class LossNetwork(LearnedLoss):
         bias: bool = False,
         weight_init: str = "kaiming_normal",
         reduction: str = "mean",
+        residual: bool = False,
     ) -> None:
         super().__init__(task, reduction)
         if not hidden or min(hidden) < 1:
@@ -56,6 +60,7 @@ class LossNetwork(LearnedLoss):
         self.output_activation = output_activation
         self.bias = bias
         self.weight_init = weight_init
+        self.residual = residual
         layers: list[nn.Module] = []
         for fan_in, fan_out in zip((2, *hidden[:-1]), hidden):
             layers += [nn.Linear(fan_in, fan_out, bias=bias), ACTIVATIONS[activation]()]
@@ -71,13 +76,16 @@ class LossNetwork(LearnedLoss):
         return cls(task, (40, 40), "relu", "softplus", weight_init="xavier_uniform", reduction=reduction)
 
     def reset_parameters(self) -> None:
-        """Draw φ afresh: weights by ``weight_init``, biases zero."""
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                WEIGHT_INITS[self.weight_init](layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        """Draw φ afresh: weights by ``weight_init``, biases zero, and those of a residual's output zero too."""
+        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        for layer in linear:
+            WEIGHT_INITS[self.weight_init](layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        if self.residual:
+            nn.init.zeros_(linear[-1].weight)
 
     def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return ℓ_φ(y_i, f_i) element-wise, in one call of the network."""
-        return self.layers(torch.stack((target, prediction), dim=-1)).squeeze(-1)
+        value = self.layers(torch.stack((target, prediction), dim=-1)).squeeze(-1)
+        return value + handcrafted_pairwise(self.task, prediction, target) if self.residual else value

@@ -24,6 +24,7 @@ def build_loss(config: AdaLFLConfig) -> LearnedLoss:
             bias=config.bias,
             weight_init=config.weight_init,
             reduction=reduction,
+            residual=config.residual,
         )
     if name == "ml3":
         return LossNetwork.ml3(task, reduction)
@@ -42,10 +43,10 @@ def representation_of(loss: LearnedLoss) -> dict[str, Any]:
         suffix = "_target_powers" if loss.form == "target_powers" else ""
         return {"representation": f"taylor_{loss.order}{suffix}", "reduction": loss.reduction}
     if type(loss) is LossNetwork and loss.hidden == (40, 40):
-        options = {name: getattr(loss, name) for name in ("output_activation", "bias", "weight_init")}
+        options = {name: getattr(loss, name) for name in ("output_activation", "bias", "weight_init", "residual")}
         if loss.activation == "smooth_leaky_relu":
             return {"representation": "network", "reduction": loss.reduction, **options}
-        if (loss.activation, *options.values()) == ("relu", "softplus", False, "xavier_uniform"):
+        if (loss.activation, *options.values()) == ("relu", "softplus", False, "xavier_uniform", False):
             return {"representation": "ml3", "reduction": loss.reduction}
     raise ValueError(
         f"no `representation` has the structure of its {type(loss).__name__}; save a loss that one of them built, or "
