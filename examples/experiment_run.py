@@ -19,7 +19,7 @@ from datasets import Loaders, Task, load_task, loaders
 from experiment_methods import TUNING_GRID, find_method
 from torch import Tensor
 
-from lightning_adalfl import AdaLFLMixin
+from lightning_adalfl import AdaLFLMixin, LossShapeLogger
 
 Record = dict[str, Any]
 CURVE_POINTS = 20
@@ -147,13 +147,13 @@ def error(module: L.LightningModule, data: Any, kind: str) -> float:
     return total / count
 
 
-def run(job: Job, rate: Callable[[int], float] | None = None, callbacks: list[L.Callback] | None = None) -> Record:
+def run(job: Job, rate: Callable[[int], float] | None = None, snapshots: Path | None = None) -> Record:
     """Train once and return its record; a run that diverges has a test error of ``None``.
 
     Args:
         job: What to run; ``"baseline_tuned"`` tries every rate of the grid, ``"baseline_matched"`` needs ``rate``.
         rate: Replaces the paper's learning rate.
-        callbacks: More of them, such as a logger of the loss's shape.
+        snapshots: A folder for snapshots of the learned loss; by default none are taken.
     """
     if job.method == "baseline_tuned":
         return _tuned(job)
@@ -165,16 +165,20 @@ def run(job: Job, rate: Callable[[int], float] | None = None, callbacks: list[L.
     torch.manual_seed(job.seed)  # the base model is drawn first, so every method begins with the same one
     method, init = find_method(job.method), None
     recorder = Recorder(task, data, job.steps)
+    callbacks: list[L.Callback] = [recorder]
     if method.recipe == "handcrafted":
         module: L.LightningModule = BaseLearner(task, job.model, rate)
     else:
         config, init = method.build(task.kind, job.init_steps)
         module = AdaptiveLearner(task, job.model, rate, adalfl=config)
+        callbacks += [init] if init else []
+        callbacks += [LossShapeLogger(max(1, job.steps // CURVE_POINTS))] if snapshots and config.learns_loss else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few workers, and of hypergradients that are not finite: the record tells
         trainer = L.Trainer(
             max_steps=job.steps,
-            callbacks=[*([init] if init else []), recorder, *(callbacks or [])],
+            callbacks=callbacks,
+            default_root_dir=snapshots,
             accelerator="cpu",
             limit_val_batches=0,
             logger=False,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from base_models import MODELS
 from datasets import TASKS
-from experiment_figures import draw_figures, shape_logger
+from experiment_figures import draw_figures, snapshot_folder
 from experiment_methods import ABLATIONS, METHODS
 from experiment_run import Job, Record, matched_rate, run
 from experiment_tables import table
@@ -118,8 +118,8 @@ def prepare(threads: int) -> None:
 
 def execute(job: Job, reference: Record | None, figures: str | None) -> Record:
     """Run one job, in a process of its own; the control with the rate of the run that it is matched to."""
-    callbacks = shape_logger(job, Path(figures)) if figures else []
-    return run(job, matched_rate(reference) if reference else None, callbacks)
+    snapshots = snapshot_folder(Path(figures), vars(job)) if figures else None
+    return run(job, matched_rate(reference) if reference else None, snapshots)
 
 
 def record_key(record: Record) -> tuple[Any, ...]:

@@ -1,0 +1,81 @@
+"""The paper's figures from the records: learning curves, training dynamics, and learned losses over time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_adalfl.plotting import plot_loss_shapes
+from lightning_adalfl.snapshots import LossShapeHistory
+
+Record = dict[str, Any]
+LABELS = {"val": "error on validation data", "test": "error on test data", "implied_lr": "implied learning rate"}
+
+
+def draw_figures(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Draw all figures for one task and model.
+
+    Args:
+        records: Runs of one task and model.
+        folder: Where the figures go, and where the runs have left their snapshots of the learned losses.
+
+    Returns:
+        The files.
+    """
+    if not records:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{records[0]['task']}_{records[0]['model']}"
+    title = f"{records[0]['task']}, {records[0]['model']}"
+    files = {
+        folder / f"{name}_learning_curves.png": curves(records, ("test",), f"{title}: learning curves"),
+        folder / f"{name}_dynamics.png": curves(records, ("val", "implied_lr"), f"{title}: training dynamics"),
+    }
+    for record in records:
+        snapshots = snapshot_folder(folder, record) / "loss_shape.npz"
+        if snapshots.exists():
+            history = LossShapeHistory.load(snapshots)
+            figure = plot_loss_shapes(history, title=f"{title}: {record['method']}, seed {record['seed']}")
+            files[folder / f"{snapshots.parent.name}.png"] = figure
+    for path, figure in files.items():
+        figure.savefig(path)
+    return list(files)
+
+
+def snapshot_folder(folder: Path, record: Record) -> Path:
+    """Return where a run leaves the snapshots of its learned loss."""
+    method = record["method"].replace(" ", "_").replace("=", "-")
+    return folder / f"{record['task']}_{record['model']}_{method}_{record['seed']}"
+
+
+def curves(records: Sequence[Record], quantities: Sequence[str], title: str) -> Figure:
+    """Draw quantities over the base steps, a line for each method: the mean over seeds, and all of them as a band."""
+    figure = Figure(figsize=(1.5 + 5.0 * len(quantities), 4.2), dpi=110, layout="constrained")
+    for axes, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities):
+        draw_methods(axes, records, lambda point, quantity=quantity: point[quantity])
+        axes.set(xlabel="base step", ylabel=LABELS[quantity], yscale="log")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_methods(axes: Axes, records: Sequence[Record], value: Callable[[dict[str, Any]], float | None]) -> None:
+    """Draw a line for each method."""
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    for index, method in enumerate(methods):
+        runs = [record["curve"] for record in records if record["method"] == method]
+        length = min(len(run) for run in runs)
+        steps = [point["step"] for point in runs[0][:length]]
+        rows = np.array([[np.nan if (v := value(point)) is None else v for point in run[:length]] for run in runs])
+        finite = np.isfinite(rows).all(axis=0)  # a line ends where one of its runs diverged
+        if not finite.any():
+            continue
+        shown = np.where(finite, rows, np.nan)
+        style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}
+        axes.plot(steps, shown.mean(axis=0), label=method, lw=1.5, **style)
+        axes.fill_between(steps, shown.min(axis=0), shown.max(axis=0), alpha=0.15, lw=0, color=style["color"])
