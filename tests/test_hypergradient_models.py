@@ -298,6 +298,22 @@ def test_bfloat16_autocast(method: str, outside: bool) -> None:
     torch.testing.assert_close(value, after.detach(), rtol=1e-6, atol=0)
 
 
+def test_the_next_step_within_the_same_autocast() -> None:
+    """An inner loop inside one context: its second forward is at the stepped parameters."""
+    model = nn.Linear(INPUTS, CLASSES)
+    x, y = torch.randn(5, INPUTS), torch.randint(CLASSES, (5,))
+    step = BaseStep(model, SGD(model.parameters(), lr=1.0), chained=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, _ = step.forward((x, y))
+        F.cross_entropy(first, y).backward()
+        step.step()
+        second, _ = step.forward((x, y))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    assert torch.equal(second, expected)
+    assert not torch.equal(second, first)
+
+
 class NoForwardMode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

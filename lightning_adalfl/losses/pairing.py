@@ -22,8 +22,8 @@ def to_pairs(task: str, predictions: Tensor, target: Tensor) -> tuple[Tensor, Te
 
     Args:
         task: ``"multiclass"``: logits (N, C) or (N, C, d1, ...) with class indices (N,) or (N, d1, ...), or class
-            probabilities of the shape of the logits; ``"binary"`` and ``"multilabel"``: logits and 0/1 targets of one shape;
-            ``"regression"``: values and targets of one shape, (N,) or (N, D).
+            probabilities of the shape of the logits; ``"binary"`` and ``"multilabel"``: logits and 0/1 targets of one
+            shape; ``"regression"``: values and targets of one shape, (N,) or (N, D).
         predictions: Raw model output, floating point.
         target: Targets as above.
 
@@ -64,8 +64,8 @@ def _class_indicators(logits: Tensor, target: Tensor) -> Tensor:
     if target.is_floating_point():
         if target.shape != logits.shape:
             raise ValueError(
-                f"`target` must hold class indices (an integer dtype), or probabilities of shape {tuple(logits.shape)}; "
-                f"got {target.dtype} of shape {tuple(target.shape)}."
+                "`target` must hold class indices (an integer dtype), "
+                f"or probabilities of shape {tuple(logits.shape)}; got {target.dtype} of shape {tuple(target.shape)}."
             )
         _check_range(target, 0, 1, "`target` must hold class probabilities")
         return target.to(logits.dtype)
