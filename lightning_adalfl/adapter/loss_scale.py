@@ -31,7 +31,9 @@ class LossScale:
 
     def fits(self, gradients: Iterable[Tensor]) -> bool:
         """Return whether the gradients may be used; if not, the scale is smaller now and they are to be taken again."""
-        if self._limit > 1.0 and not all(bool(torch.isfinite(g).all()) for g in gradients):
+        if self._limit == 1.0:
+            return True
+        if not all(bool(torch.isfinite(g).all()) for g in gradients):
             self._fitting = 0
             if self.value > 1.0:
                 self.value = max(self.value / 16, 1.0)
