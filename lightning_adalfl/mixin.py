@@ -1,8 +1,9 @@
 """The Lightning adapter: put left of a LightningModule, it trains it with a loss that learns.
 
-Lightning itself takes the base step, in automatic optimization: the hypergradient needs no graph through that step, only what
-went into it and came out of it. So everything that Lightning does around a step (clipping, accumulation, schedulers, scaling,
-the module's own hooks) happens as it does without this class, and the meta step follows in ``optimizer_step``.
+Lightning itself takes the base step, in automatic optimization: the hypergradient needs no graph through that step,
+only what went into it and came out of it. So everything that Lightning does around a step (clipping, accumulation,
+schedulers, scaling, the module's own hooks) happens as it does without this class, and the meta step follows in
+``optimizer_step``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.hypergradient import ClipByNorm, ClipByValue
 
 
-
 class AdaLFLMixin(pl.LightningModule):
     """Trains a LightningModule with an adaptive learned loss (Algorithm 2).
 
@@ -39,9 +39,10 @@ class AdaLFLMixin(pl.LightningModule):
 
         model = AdaClassifier(lr=0.01, adalfl=AdaLFLConfig(task="multiclass"))
 
-    The base step descends the learned loss on what ``adalfl_predict`` returns, with the module's own optimizer. The module's
-    ``training_step`` still runs on each batch, without gradients, for what it logs; where it calls the module or one of its
-    direct children on the batch, it is answered with the predictions of the base step. It may return ``None`` to skip a batch.
+    The base step descends the learned loss on what ``adalfl_predict`` returns, with the module's own optimizer. The
+    module's ``training_step`` still runs on each batch, without gradients, for what it logs; where it calls the module
+    or one of its direct children on the batch, it is answered with the predictions of the base step. It may return
+    ``None`` to skip a batch.
 
     Args:
         *args: Of the module.
@@ -52,14 +53,17 @@ class AdaLFLMixin(pl.LightningModule):
         adalfl: The :class:`~lightning_adalfl.adapter.meta_learner.MetaLearner`: the learned loss and its counters.
 
     Raises:
-        TypeError: If ``adalfl`` is not given, or where a subclass is defined whose own ``training_step`` would hide this one's.
+        TypeError: If ``adalfl`` is not given, or where a subclass is defined whose own ``training_step`` would hide
+            this one's.
     """
 
     def __init__(self, *args: Any, adalfl: AdaLFLConfig | dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = AdaLFLConfig.from_dict(adalfl) if isinstance(adalfl, Mapping) else adalfl
         if not isinstance(config, AdaLFLConfig):
-            raise TypeError(f"`adalfl` must be an AdaLFLConfig, such as AdaLFLConfig(task='multiclass'); got {adalfl!r}.")
+            raise TypeError(
+                f"`adalfl` must be an AdaLFLConfig, such as AdaLFLConfig(task='multiclass'); got {adalfl!r}."
+            )
         self.adalfl = MetaLearner(config)
         # Plain values, so that the checkpoint loads with `weights_only=True`.
         self.save_hyperparameters({"adalfl": config.to_dict()}, logger=self._log_hyperparams)
@@ -82,10 +86,10 @@ class AdaLFLMixin(pl.LightningModule):
     # What a user may override.
 
     def adalfl_predict(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return ``(predictions, target)`` of a batch, as the task demands; by default ``self(x), y`` of ``x, y = batch``.
+        """Return ``(predictions, target)`` of a batch; by default ``self(x), y`` of ``x, y = batch``.
 
-        Predictions are raw: logits, or values. It is called on training and on meta batches, on the latter again and again, so it
-        must not log or count.
+        Predictions are raw: logits, or values. It is called on training and on meta batches, on the latter again and
+        again, so it must not log or count.
         """
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise MisconfigurationException(
@@ -96,7 +100,7 @@ class AdaLFLMixin(pl.LightningModule):
         return self(x), y
 
     def adalfl_meta_dataloader(self) -> Any:
-        """Return the loader of meta batches; by default a shuffling one over the validation or training data (`meta_data`)."""
+        """Return the loader of meta batches; by default a shuffling one over the data that ``meta_data`` names."""
         return private_meta_loader(self.trainer, self.adalfl.config)
 
     def adalfl_reset_parameters(self) -> None:
@@ -157,7 +161,9 @@ class AdaLFLMixin(pl.LightningModule):
         if getattr(step, "__func__", step) is pl.LightningModule.training_step:
             return {}
         if accepts(step, "dataloader_iter", 99):
-            raise MisconfigurationException("a `training_step` that takes `dataloader_iter` has no batch to learn from; take `batch`.")
+            raise MisconfigurationException(
+                "a `training_step` that takes `dataloader_iter` has no batch to learn from; take `batch`."
+            )
         with torch.no_grad(), memo.answering():
             output = step(batch, batch_idx) if accepts(step, "batch_idx", 2) else step(batch)
         if output is None:
@@ -198,7 +204,7 @@ class AdaLFLMixin(pl.LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Take the base step as the module does, then the meta step that it is followed by (Algorithm 2, lines 5 to 8)."""
+        """Take the base step as the module does, then its meta step (Algorithm 2, lines 5 to 8)."""
         run = self._adalfl_run()
         with run.learned_rate():
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)

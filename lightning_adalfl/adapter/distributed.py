@@ -22,7 +22,9 @@ def mean_over_processes(trainer: pl.Trainer) -> Callable[[list[Tensor]], None] |
         return None
 
     def all_reduce(tensors: list[Tensor]) -> None:
-        flat = torch.cat([t.detach().reshape(-1).to(torch.float64 if t.dtype == torch.float64 else torch.float32) for t in tensors])
+        # The widest precision among them, and never less than single, for one flat buffer.
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        flat = torch.cat([t.detach().reshape(-1).to(dtype) for t in tensors])
         torch.distributed.all_reduce(flat)
         flat /= trainer.world_size
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):

@@ -13,8 +13,8 @@ from torch import nn
 class ForwardMemo:
     """Remembers what a module and its direct children returned, and gives it back for the same inputs.
 
-    A ``training_step`` predicts on the batch that the base step has just predicted on. Answered from memory, it costs next to
-    nothing, draws no second dropout mask and moves no BatchNorm statistics.
+    A ``training_step`` predicts on the batch that the base step has just predicted on. Answered from memory, it costs
+    next to nothing, draws no second dropout mask and moves no BatchNorm statistics.
 
     Args:
         module: The user's module.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def imitate_task_loss(module: AdaLFLMixin, batches: EndlessBatches, steps: int, lr: float = 3e-3) -> None:
-    """Fit ``∂M_φ/∂f`` to ``∂L_T/∂f`` on targets from the data and predictions drawn over the range that training visits.
+    """Fit ``∂M_φ/∂f`` to ``∂L_T/∂f`` on the data's targets and predictions drawn over the range of training.
 
     Args:
         module: The user's module.

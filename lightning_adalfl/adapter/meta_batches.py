@@ -1,4 +1,4 @@
-"""Batches for the meta-objective and the offline phase: drawn forever, shuffled, without touching the user's loaders."""
+"""Batches for meta-objective and offline phase: drawn forever, shuffled, apart from the user's loaders."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class EndlessBatches:
             # A CombinedLoader yields (batch, batch_idx, dataloader_idx).
             return batch[0] if isinstance(self._loader, CombinedLoader) else batch
         raise MisconfigurationException(
-            f"{self._loader!r} gave no batch for the meta-objective; is its data set empty, or smaller than one batch with "
-            "`drop_last=True`?"
+            f"{self._loader!r} gave no batch for the meta-objective; is its data set empty, or smaller than one batch "
+            "with `drop_last=True`?"
         )
 
     def _start(self) -> Iterator[Any]:
@@ -96,8 +96,8 @@ def private_meta_loader(trainer: pl.Trainer, config: AdaLFLConfig) -> Any:
         loaders = loaders[0]
     if not isinstance(loaders, DataLoader):
         raise MisconfigurationException(
-            f"`meta_data='val'` needs one validation DataLoader; got {type(loaders).__name__}. Say which data the meta-objective "
-            "uses by overriding `adalfl_meta_dataloader()`."
+            f"`meta_data='val'` needs one validation DataLoader; got {type(loaders).__name__}. Say which data the "
+            "meta-objective uses by overriding `adalfl_meta_dataloader()`."
         )
     return private_loader(
         loaders, "the meta-objective", config.meta_batch_size, trainer.limit_val_batches, _replicas(trainer)
@@ -163,14 +163,15 @@ def _rebuilt(
     size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     if size is None:
         raise MisconfigurationException(
-            f"{purpose}: the loader has no `batch_size` (a batch sampler of its own). Set `meta_batch_size` in AdaLFLConfig."
+            f"{purpose}: the loader has no `batch_size` (a batch sampler of its own). Set `meta_batch_size` in "
+            "AdaLFLConfig."
         )
     length = len(dataset)  # type: ignore[arg-type]
     if limit is not None and limit != 1.0 and limit != 0:
         batches = math.ceil(length / (loader.batch_size or size))
         kept = int(limit) if isinstance(limit, int) else int(batches * limit)
         dataset = Subset(dataset, range(min(length, max(kept, 1) * (loader.batch_size or size))))
-        length = len(dataset)  # type: ignore[arg-type]
+        length = len(dataset)
     generator = torch.Generator()
     sampler: Sampler[Any]
     if replicas[0] > 1:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class OfflinePhase:
     """The steps of Algorithm 1 (Algorithm 3 where the learning rate is learned), one by one.
 
-    Each inner step is plain gradient descent at the base optimizer's learning rates, as the algorithm has it: a loss learned
-    through a single first step of an adaptive optimizer, which has the size α whatever the gradient, would learn nothing.
+    Each inner step is plain gradient descent at the base optimizer's learning rates, as the algorithm has it: a loss
+    learned through a single first step of an adaptive optimizer, which has the size α whatever the gradient, would
+    learn nothing.
 
     Args:
         module: The user's module, under :func:`untouched`.
@@ -51,11 +52,11 @@ class OfflinePhase:
         self.meta_batches = EndlessBatches(meta_loader, seed + 1)
         self._fresh = fresh
         self._draws = torch.Generator().manual_seed(seed)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in group["params"] if p.requires_grad], "lr": float(group["lr"])}
             for group in self.trainer.optimizers[0].param_groups
         ]
-        self._rates = [group["lr"] for group in groups]
+        self._rates: list[float] = [group["lr"] for group in groups]
         self._sgd = torch.optim.SGD(groups, lr=self._rates[0])
         method = self.learner.config.hypergradient
         self._steps = [

@@ -19,8 +19,8 @@ def check_strategy(trainer: pl.Trainer) -> None:
     strategy = trainer.strategy
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
         raise MisconfigurationException(
-            f"AdaLFL does not work with {type(strategy).__name__}: the hypergradient needs every parameter whole on each device. "
-            "Use one device or `Trainer(strategy='ddp')`."
+            f"AdaLFL does not work with {type(strategy).__name__}: the hypergradient needs every parameter whole on "
+            "each device. Use one device or `Trainer(strategy='ddp')`."
         )
 
 
@@ -28,9 +28,9 @@ def check_module(module: pl.LightningModule) -> None:
     """Raise unless the module trains in automatic optimization and its training step takes a batch."""
     if not module.automatic_optimization:
         raise MisconfigurationException(
-            f"{type(module).__name__} sets `automatic_optimization = False`. AdaLFL learns one loss for one base optimizer, which "
-            "Lightning steps; modules that step several optimizers themselves, such as GANs, have no single base step to "
-            "differentiate. Remove manual optimization, or apply AdaLFL to one part of the model."
+            f"{type(module).__name__} sets `automatic_optimization = False`. AdaLFL learns one loss for one base "
+            "optimizer, which Lightning steps; modules that step several optimizers themselves, such as GANs, have no "
+            "single base step to differentiate. Remove manual optimization, or apply AdaLFL to one part of the model."
         )
 
 
@@ -56,11 +56,12 @@ def check_excluded(learner: nn.Module, optimizer: Optimizer) -> None:
 
 def warn_of_trained_on_metrics(callbacks: list[Callback]) -> None:
     """Warn once if a callback monitors a validation metric, which the meta-objective trains on."""
-    monitored = sorted({str(c.monitor) for c in callbacks if "val" in str(getattr(c, "monitor", None) or "")})
+    names = {str(getattr(callback, "monitor", None) or "") for callback in callbacks}
+    monitored = sorted(name for name in names if "val" in name)
     if monitored:
         rank_zero_warn(
-            f"Callbacks monitor {monitored}, and with `meta_data='val'` the learned loss is trained on the validation data, so "
-            "these metrics are optimistic. Hold out other data for them, or set `meta_data='train'`."
+            f"Callbacks monitor {monitored}, and with `meta_data='val'` the learned loss is trained on the validation "
+            "data, so these metrics are optimistic. Hold out other data for them, or set `meta_data='train'`."
         )
 
 
@@ -68,6 +69,4 @@ def accepts(function: Any, name: str, position: int) -> bool:
     """Return whether ``function`` takes an argument of that name, or that many positional ones."""
     parameters = inspect.signature(function).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return (
-        any(p.name == name or p.kind is p.VAR_POSITIONAL for p in parameters) or len(positional) >= position
-    )
+    return any(p.name == name or p.kind is p.VAR_POSITIONAL for p in parameters) or len(positional) >= position

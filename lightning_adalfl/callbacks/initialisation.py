@@ -102,7 +102,8 @@ class AdaLFLInit(Callback):
         """Run the offline phase, unless it has run."""
         if not isinstance(pl_module, AdaLFLMixin):
             return
-        steps = min(self.steps, int(trainer.fast_dev_run)) if trainer.fast_dev_run else self.steps
+        batches = int(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        steps = min(self.steps, batches) if batches else self.steps
         learner = pl_module.adalfl
         seed = int(trainer.strategy.broadcast(torch.initial_seed() % 2**31))
         self._progress = OfflineProgress(trainer, self._settings(pl_module, seed), self.save_every)
@@ -185,4 +186,4 @@ class AdaLFLInit(Callback):
     @staticmethod
     def _shows(trainer: pl.Trainer) -> bool:
         bar = trainer.progress_bar_callback
-        return trainer.is_global_zero and bar is not None and bar.is_enabled
+        return trainer.is_global_zero and bar is not None and bool(getattr(bar, "is_enabled", True))

@@ -27,9 +27,8 @@ class RandomState:
     def capture(cls, device: torch.device) -> RandomState:
         """Read the generators; ``device`` is where the model lives."""
         accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        return cls(
-            random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), device, accelerator  # type: ignore[arg-type]
-        )
+        numpy: Any = np.random.get_state(legacy=False)
+        return cls(random.getstate(), numpy, torch.get_rng_state(), device, accelerator)
 
     @classmethod
     def seeded(cls, seed: int, device: torch.device) -> RandomState:

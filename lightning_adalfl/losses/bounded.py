@@ -15,11 +15,11 @@ from lightning_adalfl.losses.task_losses import TaskLoss
 class BoundedLoss(nn.Module):
     """M_φ as the base learner meets it: its slope by the predictions bounded around that of the task loss.
 
-    With m = ∂M_φ/∂f and τ = ∂L_T/∂f over a batch, m is split into ``s (τ + p)``, where p is orthogonal to τ. What trains
-    the base model is ``e^γ (τ + p')``. p' is p, shortened where the angle between m and τ has a cosine below
-    ``min_cosine``; so φ is the loss's shape. The gain ``e^γ`` is the factor of the implied learning rate (section 5.5); it is
-    learned along with φ, faster, and stays in [1, ``max_gain``]. Where m points away from τ (s ≤ 0) or is not finite, p' is
-    zero.
+    With m = ∂M_φ/∂f and τ = ∂L_T/∂f over a batch, m is split into ``s (τ + p)``, where p is orthogonal to τ. What
+    trains the base model is ``e^γ (τ + p')``. p' is p, shortened where the angle between m and τ has a cosine below
+    ``min_cosine``; so φ is the loss's shape. The gain ``e^γ`` is the factor of the implied learning rate (section 5.5);
+    it is learned along with φ, faster, and stays in [1, ``max_gain``]. Where m points away from τ (s ≤ 0) or is not
+    finite, p' is zero.
 
     The hypergradient goes through all of this, and so is that of the step that was taken.
 

@@ -29,8 +29,8 @@ class LossNetwork(LearnedLoss):
         bias: Whether the linear layers have biases.
         weight_init: ``"kaiming_normal"`` or ``"xavier_uniform"``.
         reduction: See :class:`LearnedLoss`.
-        residual: Whether ℓ_φ is the task's handcrafted loss plus the network, whose output weights then begin at zero, so that
-            training starts from the handcrafted loss.
+        residual: Whether ℓ_φ is the task's handcrafted loss plus the network, whose output weights then begin at zero,
+            so that training starts from the handcrafted loss.
 
     Raises:
         ValueError: For an unknown name, or a width that is not positive.

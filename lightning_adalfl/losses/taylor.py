@@ -24,8 +24,8 @@ class TaylorLoss(LearnedLoss):
         task: See :class:`LearnedLoss`.
         order: ``"cubic"`` or ``"quadratic"``.
         form: ``"prediction_powers"`` is TaylorGLO's (Gonzalez & Miikkulainen, 2021): powers of the prediction alone,
-            a = y, b = f, c = φ1. ``"target_powers"`` has the roles the other way round, a = f, b = y, c = φ0, as published
-            code of the paper's authors does; its quadratic is linear in the prediction and so has no minimum.
+            a = y, b = f, c = φ1. ``"target_powers"`` has the roles the other way round, a = f, b = y, c = φ0, as
+            published code of the paper's authors does; its quadratic is linear in the prediction and so has no minimum.
         reduction: See :class:`LearnedLoss`.
 
     Raises:
