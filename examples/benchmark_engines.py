@@ -1,6 +1,6 @@
 """One training step of each method that the benchmark compares, as a user of it would write the step.
 
-Every step moves the base model and, unless it has none, the learned loss; the new parameters are there for the next step.
+Every step moves the base model, and the learned loss if it has one; the next step starts from the new parameters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def handcrafted(model: nn.Module, loss: LossNetwork) -> Step:
 
 
 def between(model: nn.Module, loss: LossNetwork) -> Step:
-    """A base step with the learned loss and no meta step: what lies between meta steps where `meta_every` is above 1."""
+    """A base step on the learned loss without a meta step, as it lies between meta steps where `meta_every` > 1."""
     return _ordinary(model, loss)
 
 
@@ -47,14 +47,15 @@ def _ordinary(model: nn.Module, objective: Callable[[Tensor, Tensor], Tensor]) -
 def adalfl(model: nn.Module, loss: LossNetwork, method: str) -> Step:
     """The base step and the meta step of this package."""
     optimizer = torch.optim.SGD(model.parameters(), lr=BASE_LR)
-    meta_optimizer = torch.optim.Adam(loss.parameters(), lr=META_LR)
+    meta_optimizer = torch.optim.Adam(loss.parameters(), lr=META_LR, fused=True)
     base_step = BaseStep(model, optimizer, method=method)
 
     def step(batch: Batch, meta_batch: Batch) -> None:
         optimizer.zero_grad()
-        loss(*base_step.forward(batch)).backward(inputs=base_step.parameters)
+        base_step.forward(batch)
+        base_step.evaluate(loss).backward()
         base_step.step()
-        gradient = hypergradient(base_step, loss, F.cross_entropy, meta_batch)
+        gradient = hypergradient(base_step, loss, F.cross_entropy, meta_batch, log_lr=False)
         _meta_step(meta_optimizer, loss, gradient.loss)
 
     return step
@@ -63,7 +64,7 @@ def adalfl(model: nn.Module, loss: LossNetwork, method: str) -> Step:
 def with_higher(model: nn.Module, loss: LossNetwork) -> Step:
     """The same algorithm on `higher`: an inner loop of one step whose result is copied back."""
     optimizer = torch.optim.SGD(model.parameters(), lr=BASE_LR)
-    meta_optimizer = torch.optim.Adam(loss.parameters(), lr=META_LR)
+    meta_optimizer = torch.optim.Adam(loss.parameters(), lr=META_LR, fused=True)
 
     def step(batch: Batch, meta_batch: Batch) -> None:
         with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (unrolled, inner):
@@ -83,7 +84,7 @@ def with_higher(model: nn.Module, loss: LossNetwork) -> Step:
 def with_torchopt(model: nn.Module, loss: LossNetwork) -> Step:
     """The same algorithm on TorchOpt: a differentiable step inside the model, cut from its graph afterwards."""
     optimizer = torchopt.MetaSGD(model, lr=BASE_LR)
-    meta_optimizer = torch.optim.Adam(loss.parameters(), lr=META_LR)
+    meta_optimizer = torch.optim.Adam(loss.parameters(), lr=META_LR, fused=True)
     phi = list(loss.parameters())
 
     def step(batch: Batch, meta_batch: Batch) -> None:

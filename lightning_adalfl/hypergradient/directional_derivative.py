@@ -79,14 +79,26 @@ def _no_forward_mode(error: Exception) -> ForwardModeError:
 def moved_parameters(
     parameters: Mapping[int, Tensor], direction: Sequence[Tensor], epsilon: float
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Return ``θ + δu`` with ``δ = epsilon / ‖u‖``, and δ; ``direction`` is scaled in place."""
-    direction = list(direction)
+    """Return ``θ + δu`` with ``δ = epsilon / ‖u‖``, and δ; where it can, it is written over ``direction``."""
+    direction = _writable(direction)
     with torch.no_grad():
         norm = torch.stack(torch._foreach_norm(direction)).norm()
         # A zero direction has the derivative zero; the clamp keeps it from becoming 0/0.
         step = epsilon / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         torch._foreach_mul_(direction, step)
-        return dict(zip(parameters, torch._foreach_add(list(parameters.values()), direction))), step
+        torch._foreach_add_(direction, list(parameters.values()))
+        return dict(zip(parameters, direction)), step
+
+
+def _writable(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``tensors``, or copies of those that share memory: parameters that are added have one gradient."""
+    seen: set[int] = set()
+    result = []
+    for tensor in tensors:
+        shared = tensor.data_ptr() in seen or 0 in tensor.stride()
+        seen.add(tensor.data_ptr())
+        result.append(tensor.clone(memory_format=torch.contiguous_format) if shared else tensor)
+    return result
 
 
 def finite_difference(model: FunctionalModel, trace: ForwardTrace, moved: Mapping[int, Tensor], step: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 # A result that took fewer multiplications a value is cheaper to compute again than to keep in memory ...
 KEEP_FROM_MULTIPLICATIONS = 512
-# ... unless there is little of it: of such results a tape keeps this many bytes.
-CHEAP_BYTES = 16 * 2**20
+# ... unless there is little of it: of results that took at least so many a tape keeps so many bytes.
+KEEP_SOME_FROM_MULTIPLICATIONS = 64
+SOME_BYTES = 16 * 2**20
 
 
 class PrimalTape:
@@ -30,17 +31,16 @@ class PrimalTape:
     def __init__(self) -> None:
         self._results: list[tuple[Tensor, int] | None] = []
         self._next = 0
-        self._cheap_bytes = 0
+        self._some_bytes = 0
 
     def keep(self, result: Tensor, multiplications: int) -> None:
         """Append a result that took so many multiplications a value, if it is worth its memory."""
-        if multiplications < KEEP_FROM_MULTIPLICATIONS:
+        keep = multiplications >= KEEP_FROM_MULTIPLICATIONS
+        if not keep and multiplications >= KEEP_SOME_FROM_MULTIPLICATIONS:
             size = result.numel() * result.element_size()
-            if self._cheap_bytes + size > CHEAP_BYTES:
-                self._results.append(None)
-                return
-            self._cheap_bytes += size
-        self._results.append((result.detach(), result._version))
+            keep = self._some_bytes + size <= SOME_BYTES
+            self._some_bytes += size * keep
+        self._results.append((result.detach(), result._version) if keep else None)
 
     def take(self) -> Tensor | None:
         """Return the next result, or ``None`` if it was not kept or was overwritten in place since."""
@@ -70,7 +70,8 @@ class RecordPrimals(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
             self.tape.keep(result, weight.numel() // weight.shape[0])
         elif func in _AVERAGES or _is_activation(func, args, kwargs):
-            self.tape.keep(result, 1)
+            # On a CPU a tanh or a pooling window takes about as long as this many multiplications; a ReLU takes none.
+            self.tape.keep(result, 1 if func in _RELUS else KEEP_SOME_FROM_MULTIPLICATIONS)
         return result
 
 
@@ -97,12 +98,13 @@ class ReplayPrimals(TorchFunctionMode):
 
 
 _PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+_RELUS = (F.relu, torch.relu, Tensor.relu)
 _AVERAGES = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 # The derivative of each of these follows from its value y alone; the kernel returns it times the tangent.
 _ACTIVATIONS: dict[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]] = {
     **dict.fromkeys((torch.tanh, Tensor.tanh), torch.ops.aten.tanh_backward),
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), torch.ops.aten.sigmoid_backward),
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), partial(torch.ops.aten.threshold_backward, threshold=0)),
+    **dict.fromkeys(_RELUS, partial(torch.ops.aten.threshold_backward, threshold=0)),
 }
 
 
