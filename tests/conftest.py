@@ -5,6 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
+from lightning_adalfl.hypergradient.tangent_rules import PrimalTape
 
 torch.set_num_threads(1)
 
@@ -16,3 +19,20 @@ def seed() -> int:
     np.random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def keep_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward mode gets every result that the base forward could keep, as if each had cost much."""
+    keep = PrimalTape.keep
+    monkeypatch.setattr(PrimalTape, "keep", lambda self, result, multiplications: keep(self, result, 10**9))
+
+
+@pytest.fixture
+def keep_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward mode computes all values again."""
+
+    def nothing(self: PrimalTape) -> Tensor | None:
+        return None
+
+    monkeypatch.setattr(PrimalTape, "take", nothing)

@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam, NAdam, Optimizer, RMSprop
 from whole_step import METHODS, WholeStep, by_half
 
-from lightning_adalfl.hypergradient import BaseStep, ClipByNorm, hypergradient, tangent_rules, unrolled
+from lightning_adalfl.hypergradient import BaseStep, ClipByNorm, hypergradient, unrolled
 
 INNER: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd": lambda model: SGD(model.parameters(), lr=0.3),
@@ -75,13 +75,11 @@ def bytes_alive(seen: set[int]) -> int:
     return sum(size for pointer, size in storages.items() if pointer not in seen)
 
 
+@pytest.mark.usefixtures("keep_all")
 @pytest.mark.parametrize("method", ["forward", "finite_difference"])
 @pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 2), ("momentum", 3), ("adam", 4)])
-def test_memory_grows_by_copies_of_the_parameters(
-    optimizer: str, copies: int, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_grows_by_copies_of_the_parameters(optimizer: str, copies: int, method: str) -> None:
     """A stored step holds θ, its gradient and the optimizer's state, and neither activations nor a graph."""
-    monkeypatch.setattr(tangent_rules, "KEEP_FROM_MULTIPLICATIONS", 0)
     width, batch = 16, 4096
 
     def wide() -> nn.Module:

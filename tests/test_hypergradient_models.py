@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, NAdam
 from whole_step import CLASSES, INPUTS, METHODS, WholeStep, images, relative_error
 
-from lightning_adalfl.hypergradient import BaseStep, ForwardModeError, hypergradient, tangent_rules
+from lightning_adalfl.hypergradient import BaseStep, ForwardModeError, hypergradient
 from lightning_adalfl.losses import LossNetwork
 
 
@@ -123,18 +123,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["kept", "recomputed"])
-def primals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=["keep_all", "keep_none"])
+def primals(request: pytest.FixtureRequest) -> None:
     """Forward mode with and without the base forward's own results."""
-    if request.param == "recomputed":
-        monkeypatch.setattr(tangent_rules, "KEEP_FROM_MULTIPLICATIONS", 10**9)
-        monkeypatch.setattr(tangent_rules, "CHEAP_BYTES", 0)
-    return request.param
+    request.getfixturevalue(request.param)
 
 
+@pytest.mark.usefixtures("primals")
 @pytest.mark.parametrize("optimizer", [momentum, adam, nadam])
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name: str, optimizer: Callable[[nn.Module], Any], primals: str) -> None:
+def test_models(name: str, optimizer: Callable[[nn.Module], Any]) -> None:
     WholeStep(**MODELS[name], optimizer=optimizer, warm=2).check()
 
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lightning_adalfl.hypergradient import tangent_rules
 from lightning_adalfl.hypergradient.tangent_rules import PrimalTape, RecordPrimals, ReplayPrimals
 
 Function = Callable[..., Tensor]
@@ -99,6 +98,7 @@ def replay(
         return primal.clone(), torch.zeros_like(primal) if tangent is None else tangent.clone()
 
 
+@pytest.mark.usefixtures("keep_all")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kept", [True, False])
 def test_rules_equal_those_of_torch(case: str, kept: bool) -> None:
@@ -137,10 +137,16 @@ def test_a_kept_result_is_used_unless_it_was_overwritten(function: Function) -> 
         torch.testing.assert_close(primal, x @ w.T, rtol=1e-4, atol=1e-4)
 
 
-def test_cheap_results_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tangent_rules, "CHEAP_BYTES", 2 * 40)
-    cheap, costly = torch.ones(10), torch.ones(1000)
+def test_cheap_results_are_kept_up_to_a_limit() -> None:
+    """A costly result is always kept; of cheaper ones, a hundred megabytes are too many."""
+    megabyte = torch.zeros(2**18)
     tape = PrimalTape()
-    for result, multiplications in ((cheap, 1), (cheap, 9), (cheap, 1), (costly, 512), (cheap, 1)):
-        tape.keep(result, multiplications)
-    assert [tape.take() is None for _ in range(6)] == [False, False, True, False, True, True]
+    for multiplications in (100, 10**5):
+        for _ in range(100):
+            tape.keep(megabyte, multiplications)
+    cheap = [tape.take() is not None for _ in range(100)]
+    assert cheap == sorted(cheap, reverse=True)
+    assert 0 < sum(cheap) <= 64
+    assert all(tape.take() is not None for _ in range(100))
+    # Beyond its end, as after a forward that went another way, there is nothing.
+    assert tape.take() is None
