@@ -87,6 +87,10 @@ def config(**options: Any) -> AdaLFLConfig:
     return AdaLFLConfig(**{"task": "multiclass", "meta_lr": 1e-2, **options})
 
 
+# Bounds are set batch by batch; without them a batch may be cut and joined.
+UNBOUNDED: dict[str, Any] = {"max_gain": None, "residual": False, "safeguard": False}
+
+
 def make(kind: type[L.LightningModule], seed: int = 0, **arguments: Any) -> Any:
     """Make a module from a seed of its own; a module with a learned loss has the base parameters of the plain one."""
     torch.manual_seed(seed)

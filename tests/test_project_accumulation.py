@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from projects import (
     INERT,
+    UNBOUNDED,
     Ada,
     AdaSmooth,
     Plain,
@@ -48,7 +49,7 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("method", ["forward", "finite_difference", "reverse"])
 @pytest.mark.parametrize("clipping", [{}, {"gradient_clip_val": 0.05}])
 def test_accumulated_batches_learn_as_one_large_batch_does(tmp_path: Any, method: str, clipping: Any) -> None:
-    options = config(hypergradient=method, meta_optimizer="SGD", meta_lr=0.1)
+    options = config(hypergradient=method, meta_optimizer="SGD", meta_lr=0.1, **UNBOUNDED)
     large = fit(tmp_path, make(AdaSmooth, adalfl=options), 48, **clipping)
     cut = fit(tmp_path, make(AdaSmooth, adalfl=options), 16, accumulate_grad_batches=3, **clipping)
     assert cut.adalfl.meta_steps == large.adalfl.meta_steps == 4

@@ -1,0 +1,104 @@
+"""What each process of the distributed tests runs: ``python ddp_run.py rank world_size port folder cases…``.
+
+For each case it writes θ, φ and the gradients of the first step to ``folder/case-rank.pt``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from projects import UNBOUNDED, AdaSmooth, Keep, Smooth, config, points, trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_adalfl import AdaLFLInit, AdaLFLMixin
+
+
+class Partial(Smooth):
+    """Has a part that no batch uses."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__(lr)
+        self.unused = nn.Linear(3, 3)
+
+
+class AdaPartial(AdaLFLMixin, Partial):
+    """The same with a learned loss."""
+
+
+class FirstGradients(Callback):
+    """Keeps the base gradient of the first step, and the hypergradient through the first move of φ."""
+
+    def __init__(self) -> None:
+        self.base: list[torch.Tensor] = []
+        self.learned: list[torch.Tensor] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if not self.base:
+            self.base = [p.grad.detach().clone() for p in pl_module.model.parameters()]
+            self.before = [p.detach().clone() for p in pl_module.adalfl.parameters()]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if not self.learned and pl_module.adalfl.meta_steps:
+            self.learned = [p - q.detach() for p, q in zip(self.before, pl_module.adalfl.parameters())]
+
+
+def strategy(case: str) -> DDPStrategy:
+    """Return the strategy of a case, for processes that somebody else has started."""
+    options = {"unused": {"find_unused_parameters": True}, "static": {"static_graph": True}}.get(case, {})
+    return DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment(), **options)
+
+
+def run(rank: int, world_size: int, folder: Path, case: str) -> None:
+    """Train 20 steps and save what the process ended with."""
+    torch.manual_seed(rank)
+    # Cases that are compared with one process take all data in one batch, which no order changes.
+    joint = case == "joint"
+    learner = config(meta_optimizer="SGD", meta_lr=0.1, meta_data="train", **UNBOUNDED) if joint else config()
+    module = (AdaPartial if case == "unused" else AdaSmooth)(adalfl=learner)
+    if joint:
+        torch.manual_seed(0)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        torch.manual_seed(rank)
+    size = 96 // world_size if joint else 12
+    dtype = torch.float64 if joint else torch.float32
+    train = DataLoader(points(96, dtype=dtype), size, shuffle=not joint)
+    val = DataLoader(points(32, 1, dtype), 8)
+    gradients = FirstGradients()
+    callbacks = [gradients, Keep(folder / case, [20])]
+    options: dict[str, Any] = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2 if case == "accumulated" else 1}
+    options["precision"] = "64-true" if joint else "32-true"
+    if not joint:
+        callbacks.append(AdaLFLInit(steps=5, lr=1e-2))
+    if world_size > 1:
+        options |= {"strategy": strategy(case), "devices": world_size}
+    t = trainer(folder, max_epochs=-1, max_steps=20, callbacks=callbacks, **options)
+    t.fit(module, train, val)
+    saved = {
+        "theta": {n: p.detach() for n, p in module.named_parameters() if not n.startswith("adalfl.")},
+        "phi": {n: p.detach() for n, p in module.adalfl.named_parameters()},
+        "meta_steps": module.adalfl.meta_steps,
+        "base_gradient": gradients.base,
+        "hypergradient": gradients.learned,
+        "drawn": torch.rand(1),
+    }
+    torch.save(saved, folder / f"{case}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    rank, world_size, port = map(int, sys.argv[1:4])
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    os.environ.update(WORLD_SIZE=str(world_size))
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for case in sys.argv[5:]:
+        run(rank, world_size, Path(sys.argv[4]), case)
