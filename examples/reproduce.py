@@ -99,7 +99,7 @@ def results(missing: Sequence[Job], records: Sequence[Record], workers: int | No
     control = [job for job in missing if job.method == "baseline_matched"]
     rounds = ([job for job in missing if job.method != "baseline_matched"], control)
     # Spawned, since torch's threads do not survive a fork.
-    with ProcessPoolExecutor(workers, get_context("spawn"), prepare, (max(1, cores // workers),)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), prepare) as pool:
         for jobs in rounds:
             running: list[Future[Record]] = []
             for job in jobs:
@@ -111,9 +111,9 @@ def results(missing: Sequence[Job], records: Sequence[Record], workers: int | No
                 yield record
 
 
-def prepare(threads: int) -> None:
-    """Share the cores among the processes."""
-    torch.set_num_threads(threads)
+def prepare() -> None:
+    """Keep each run to one core: these models are too small for more, and threads that wait for a core cost time."""
+    torch.set_num_threads(1)
 
 
 def execute(job: Job, reference: Record | None, figures: str | None) -> Record:

@@ -98,7 +98,7 @@ class AdaLFLConfig:
     base_fraction: float = 1.0
     hypergradient: str = "forward"
     max_gain: float | None = 10.0
-    min_cosine: float = 0.8
+    min_cosine: float = 0.95
     gain_lr: float = 1e-2
     safeguard: bool = True
     safeguard_window: int = 100
@@ -123,7 +123,7 @@ class AdaLFLConfig:
         _check_positive("gain_lr", self.gain_lr)
         _check_positive("min_cosine", self.min_cosine)
         if self.min_cosine >= 1:
-            raise ValueError(f"`min_cosine` must lie in (0, 1), such as 0.8; got {self.min_cosine}.")
+            raise ValueError(f"`min_cosine` must lie in (0, 1), such as 0.95; got {self.min_cosine}.")
         if self.max_gain is not None:
             _check_positive("max_gain", self.max_gain)
             if self.max_gain <= 1:

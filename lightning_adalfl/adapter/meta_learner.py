@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_adalfl.adapter.safeguard import Safeguard
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.hypergradient import Hypergradient
 from lightning_adalfl.losses.base import LearnedLoss
@@ -28,6 +29,7 @@ class MetaLearner(nn.Module):
 
     Attributes:
         loss: The learned loss M_φ; ``None`` if the learning rate alone is learned.
+        safeguard: What watches over it, if anything does.
         log_gain: γ of the :class:`~lightning_adalfl.losses.bounded.BoundedLoss`, if there are bounds.
         log_lr_scale: s, where the base optimizer steps with α·exp(s); learned for ``learn="lr"`` and ``"both"``.
         base_steps: Base steps taken.
@@ -49,6 +51,7 @@ class MetaLearner(nn.Module):
         self.__dict__["_bounded"] = self._bounds()
         if self._bounded is not None:
             self.log_gain = self._bounded.log_gain
+        self.safeguard = Safeguard(config.safeguard_window) if config.safeguard else None
         self.base_steps = 0
         self.meta_steps = 0
         self.skipped_meta_steps = 0
@@ -62,11 +65,16 @@ class MetaLearner(nn.Module):
 
     def objective(self, predictions: Tensor, target: Tensor) -> Tensor:
         """Return what the base step descends: M_φ with φ held fixed, or the task loss."""
-        if self.loss is None:
+        if self.loss is None or self.fell_back:
             return self.task_loss(predictions, target)
         # Detached, so that the base backward leaves no gradient in φ.
         phi = {name: p.detach() for name, p in self.trained.named_parameters()}
         return torch.func.functional_call(self.trained, phi, (predictions, target))
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether the task loss has taken over for good."""
+        return self.safeguard is not None and self.safeguard.level > 1
 
     @property
     def trained(self) -> nn.Module:
@@ -78,8 +86,7 @@ class MetaLearner(nn.Module):
 
     def _bounds(self) -> BoundedLoss | None:
         config = self.config
-        fixed = config.initial_loss is not None and not config.online
-        if self.loss is None or config.max_gain is None or fixed:
+        if self.loss is None or config.max_gain is None:
             return None
         bounded = BoundedLoss(self.loss, self.task_loss, config.max_gain, config.min_cosine)
         if config.learns_lr:
@@ -89,7 +96,7 @@ class MetaLearner(nn.Module):
     @property
     def lr_scale(self) -> float:
         """exp(s), the factor on the base optimizer's learning rates."""
-        return float(self.log_lr_scale.detach().exp()) if self.config.learns_lr else 1.0
+        return float(self.log_lr_scale.detach().exp()) if self.config.learns_lr and not self.fell_back else 1.0
 
     def start(self, meta_lr: float, lr_meta_lr: float) -> None:
         """Make a fresh meta optimizer, with state from a checkpoint if there is one."""
@@ -125,21 +132,66 @@ class MetaLearner(nn.Module):
             gradients.append(gradient.log_lr.sum().to(self.log_lr_scale.dtype))
         norm = torch.stack([g.float().norm() for g in gradients]).norm()
         if not torch.isfinite(norm):
-            self.skipped_meta_steps += 1
-            if self.skipped_meta_steps == 1:
-                rank_zero_warn(
-                    f"The hypergradient at base step {self.base_steps} is not finite, so its meta step was left out; further ones "
-                    "are counted in `adalfl/skipped_meta_steps`. Lower the base learning rate or clip the gradient."
-                )
+            self._skip(
+                "the hypergradient is not finite, and the task loss on the meta batch is "
+                f"{float(gradient.task_loss):.4g}. Look for such values in the data, lower the base learning rate, or clip "
+                "the gradient."
+            )
             return norm
+        before = [p.detach().clone() for p in self.learned_parameters()]
         for parameter, g in zip(self.learned_parameters(), gradients):
             parameter.grad = g
         self._optimizer.step()
         self._optimizer.zero_grad()
         if self._bounded is not None:
             self._bounded.clamp_gain()
+        if not torch.isfinite(torch.stack(torch._foreach_norm(self.learned_parameters()))).all():
+            with torch.no_grad():
+                torch._foreach_copy_(self.learned_parameters(), before)
+            self._optimizer.state.clear()
+            self._skip(
+                "the meta optimizer made the learned loss not finite. It is as it was before, and the optimizer begins anew; "
+                "lower `meta_lr` if it happens again."
+            )
+            return norm
         self.meta_steps += 1
         return norm
+
+    def _skip(self, reason: str) -> None:
+        self.skipped_meta_steps += 1
+        if self.skipped_meta_steps == 1:
+            rank_zero_warn(
+                f"A meta step at base step {self.base_steps} was left out, since {reason} Further ones are counted in "
+                "`adalfl/skipped_meta_steps`."
+            )
+
+    def guard(self, task_loss: Tensor, norm: Tensor) -> None:
+        """Let the safeguard judge the meta step that was just taken."""
+        if self.safeguard is None:
+            return
+        reason = self.safeguard.observe(float(task_loss), float(norm), self.learned_parameters())
+        if reason is None:
+            return
+        if self.safeguard.level == 1:
+            self._return_to_best()
+            rank_zero_warn(
+                f"At base step {self.base_steps}, {reason}. Training goes on with the learned loss as it was at its best; if this "
+                "happens again, with the task loss alone. `adalfl/safeguard` counts it; `AdaLFLConfig(safeguard=False)` turns it "
+                "off."
+            )
+        else:
+            rank_zero_info(f"At base step {self.base_steps}, {reason}. From here on the task loss trains the model.")
+
+    @torch.no_grad()
+    def _return_to_best(self) -> None:
+        best = self.safeguard.best_values if self.safeguard is not None else None
+        parameters = self.learned_parameters()
+        for parameter, value in zip(parameters, best or parameters):
+            # Without a good window behind it, there is nothing to return to but what is finite.
+            parameter.copy_(torch.nan_to_num(value))
+        if self._learns_gain:
+            self.log_gain.zero_()
+        self.start(self.config.meta_lr, self.config.lr_meta_lr)
 
     def learned_parameters(self) -> list[nn.Parameter]:
         """Return φ, with the gain and s where they are learned, in the order of a hypergradient."""
@@ -160,6 +212,7 @@ class MetaLearner(nn.Module):
             "skipped_meta_steps": self.skipped_meta_steps,
             "initialised": self.initialised,
             "meta_optimizer": state,
+            "safeguard": None if self.safeguard is None else self.safeguard.state_dict(),
         }
 
     def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -179,6 +232,8 @@ class MetaLearner(nn.Module):
         self.skipped_meta_steps = progress["skipped_meta_steps"]
         self.initialised = progress["initialised"]
         self._optimizer_state = progress["meta_optimizer"]
+        if self.safeguard is not None and progress["safeguard"] is not None:
+            self.safeguard.load_state_dict(progress["safeguard"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MetaLearner:
         def at_least_single(tensor: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_adalfl.adapter.distributed import broadcast, mean_over_processes
+from lightning_adalfl.adapter.finite_steps import FiniteSteps
 from lightning_adalfl.adapter.loss_scale import LossScale
 from lightning_adalfl.adapter.meta_batches import EndlessBatches, moved_to_device
 from lightning_adalfl.adapter.meta_learner import MetaLearner
-from lightning_adalfl.adapter.requirements import check_excluded, check_optimizers
+from lightning_adalfl.adapter.requirements import check_excluded, check_optimizers, checked_predict
 from lightning_adalfl.hypergradient import BaseStep, Hypergradient, hypergradient
 from lightning_adalfl.hypergradient.gradient_clipping import GradientTransform
 from lightning_adalfl.hypergradient.random_state import RandomState, RandomStream
@@ -39,7 +39,8 @@ class OnlineRun:
         self.trainer = module.trainer
         self.optimizer = check_optimizers(self.trainer.optimizers)
         config = learner.config
-        self.base_step = BaseStep(module, self.optimizer, module.adalfl_predict, config.hypergradient)
+        self._predict = checked_predict(module)
+        self.base_step = self._new_base_step()
         check_excluded(learner, self.optimizer)
         # The order of the data must be one over processes; the dropout masks need not.
         seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**31)
@@ -52,6 +53,7 @@ class OnlineRun:
         self._scale = 1.0
         self._last_step: float | None = None
         self._meta_scale = LossScale(self.trainer)
+        self._finite = FiniteSteps(self.trainer)
         broadcast(learner, self.trainer)
         learner.start(config.meta_lr, config.lr_meta_lr)
 
@@ -59,18 +61,20 @@ class OnlineRun:
     def due(self) -> bool:
         """Whether the base step now under way is followed by a meta step."""
         config = self.learner.config
-        return config.online and (self.learner.base_steps + 1) % config.meta_every == 0
+        return config.online and not self.learner.fell_back and (self.learner.base_steps + 1) % config.meta_every == 0
 
     def predict(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Predict for the base step, recorded if a meta step is due."""
-        predict = self.base_step.forward if self.due else self.module.adalfl_predict
-        predictions, target = predict(batch)
-        if not isinstance(predictions, Tensor) or not isinstance(target, Tensor):
-            raise MisconfigurationException(
-                f"`adalfl_predict` must return two tensors (predictions, target); got {type(predictions).__name__} and "
-                f"{type(target).__name__}. Override it in {type(self.module).__name__} to pick them from the model's output."
-            )
-        return predictions, target
+        if not self.due:
+            return self._predict(batch)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if [id(p) for p in trained] != [id(p) for p in self.base_step.parameters]:
+            # A callback that unfreezes layers has given the optimizer more to train.
+            self.base_step = self._new_base_step()
+        return self.base_step.forward(batch)
+
+    def _new_base_step(self) -> BaseStep:
+        return BaseStep(self.module, self.optimizer, self._predict, self.learner.config.hypergradient)
 
     def skip(self) -> None:
         """Forget the batch that was predicted last: the module's training step skips it."""
@@ -84,6 +88,8 @@ class OnlineRun:
         else:
             learned = self.learner.objective(predictions, target)
         self._observe(learned, predictions, target)
+        if self.learner.loss is not None and not self.learner.fell_back:
+            self._finite.note(predictions, target)
         return learned
 
     def _observe(self, learned: Tensor, predictions: Tensor, target: Tensor) -> None:
@@ -115,6 +121,10 @@ class OnlineRun:
         """Keep what the step is about to change; Lightning calls it after unscaling and clipping."""
         self._recorded = bool(self.base_step.traces) and self.due
         self._scale = self._loss_scale()
+        if not self._finite.allow(self.base_step.parameters, self.learner.base_steps):
+            self.logged["adalfl/skipped_base_steps"] = torch.tensor(float(self._finite.skipped))
+            self._recorded = False
+            self.base_step.clear()
         if self._recorded:
             self.base_step.accumulate = self.trainer.accumulate_grad_batches
             self.base_step.before_step(self.transform)
@@ -132,6 +142,9 @@ class OnlineRun:
             self.base_step.clear()
             self.logged["adalfl/task_loss"] = gradient.task_loss
             self.logged["adalfl/meta_grad_norm"] = self.learner.step(gradient)
+            self.learner.guard(gradient.task_loss, self.logged["adalfl/meta_grad_norm"])
+            if self.learner.safeguard is not None:
+                self.logged["adalfl/safeguard"] = torch.tensor(float(self.learner.safeguard.level))
             if self.learner.skipped_meta_steps:
                 self.logged["adalfl/skipped_meta_steps"] = torch.tensor(float(self.learner.skipped_meta_steps))
             if self.learner.config.learns_lr:

@@ -32,7 +32,8 @@ class AdaLFLInit(Callback):
 
     Args:
         steps: S_init, the meta steps; 0 for none.
-        lr: η, the learning rate of φ meanwhile.
+        lr: η, the learning rate of φ meanwhile. By default it is so small that hardly more than the gain is learned: a
+            shape that is best for single steps from fresh parameters is not that for a whole training.
         inner_steps: S_inner, the base steps before each meta step.
         reset: The base parameters before each meta step: ``"fresh"``, a new random draw by the submodules'
             ``reset_parameters``, or ``"initial"``, those that training will begin with.
@@ -46,13 +47,13 @@ class AdaLFLInit(Callback):
 
     Example::
 
-        Trainer(callbacks=[AdaLFLInit(steps=500)]).fit(model, datamodule=data)
+        Trainer(callbacks=[AdaLFLInit()]).fit(model, datamodule=data)
     """
 
     def __init__(
         self,
-        steps: int = 500,
-        lr: float = 1e-3,
+        steps: int = 300,
+        lr: float = 1e-5,
         inner_steps: int = 1,
         reset: str = "fresh",
         imitation_steps: int = 0,
@@ -83,12 +84,12 @@ class AdaLFLInit(Callback):
 
     @classmethod
     def paper(cls, **changes: Any) -> AdaLFLInit:
-        """Return the paper's own recipe, S_init = 2500 (section 4.4), for a module with ``AdaLFLConfig.paper()``.
+        """Return the paper's own recipe, S_init = 2500 and η = 1e-3 (section 4.4), for a module with ``AdaLFLConfig.paper()``.
 
         Args:
             **changes: Arguments that are to differ.
         """
-        return cls(**{"steps": 2500, **changes})
+        return cls(**{"steps": 2500, "lr": 1e-3, **changes})
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a module without a learned loss."""
