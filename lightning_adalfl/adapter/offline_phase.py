@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_adalfl.adapter.distributed import broadcast, mean_over_processes
 from lightning_adalfl.adapter.meta_batches import EndlessBatches, moved_to_device
+from lightning_adalfl.adapter.requirements import checked_predict
 from lightning_adalfl.hypergradient import BaseStep, hypergradient
 from lightning_adalfl.hypergradient.random_state import RandomState
 
@@ -60,7 +61,7 @@ class OfflinePhase:
         self._sgd = torch.optim.SGD(groups, lr=self._rates[0])
         method = self.learner.config.hypergradient
         self._steps = [
-            BaseStep(module, self._sgd, module.adalfl_predict, method, chained=inner_steps > 1)
+            BaseStep(module, self._sgd, checked_predict(module), method, chained=inner_steps > 1)
             for _ in range(inner_steps)
         ]
         self._initial = {name: tensor.detach().clone() for name, tensor in base_state(module).items()}

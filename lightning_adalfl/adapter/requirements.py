@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -63,6 +64,23 @@ def warn_of_trained_on_metrics(callbacks: list[Callback]) -> None:
             f"Callbacks monitor {monitored}, and with `meta_data='val'` the learned loss is trained on the validation "
             "data, so these metrics are optimistic. Hold out other data for them, or set `meta_data='train'`."
         )
+
+
+def checked_predict(module: Any) -> Callable[[Any], tuple[Tensor, Tensor]]:
+    """Return the module's ``adalfl_predict``, which raises unless it gives two tensors."""
+
+    def predict(batch: Any) -> tuple[Tensor, Tensor]:
+        result = module.adalfl_predict(batch)
+        if isinstance(result, (tuple, list)) and len(result) == 2 and all(isinstance(item, Tensor) for item in result):
+            predictions, target = result
+            return predictions, target
+        kinds = [type(item).__name__ for item in result] if isinstance(result, (tuple, list)) else type(result).__name__
+        raise MisconfigurationException(
+            f"`adalfl_predict` must return two tensors (predictions, target); got {kinds}. Override it in "
+            f"{type(module).__name__} to pick them from the model's output."
+        )
+
+    return predict
 
 
 def accepts(function: Any, name: str, position: int) -> bool:
