@@ -4,6 +4,7 @@ from lightning_adalfl.hypergradient.base_step import BaseStep
 from lightning_adalfl.hypergradient.directional_derivative import ForwardModeError
 from lightning_adalfl.hypergradient.gradient_clipping import ClipByNorm, ClipByValue
 from lightning_adalfl.hypergradient.hypergradient import Hypergradient, hypergradient
+from lightning_adalfl.hypergradient.implicit import implicit_hypergradient
 from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerError
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "Hypergradient",
     "OptimizerError",
     "hypergradient",
+    "implicit_hypergradient",
 ]
