@@ -20,7 +20,7 @@ from base_models import build_model
 from benchmark_engines import ENGINES, Batch, Step, between
 from torch import nn
 
-from lightning_adalfl.losses import LossNetwork
+from lightning_adalfl import LossNetwork
 
 # The shape of an input and the batch size of each model.
 SETTINGS = {

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 import torchopt
 from torch import Tensor, nn
 
-from lightning_adalfl.hypergradient import BaseStep, hypergradient
-from lightning_adalfl.losses import LossNetwork
+from lightning_adalfl import BaseStep, LossNetwork, hypergradient
 
 BASE_LR = 0.01
 META_LR = 1e-5

@@ -38,12 +38,17 @@ class BaseStep:
         method: How the hypergradient will be computed: ``"forward"`` (exact, forward-mode AD), ``"finite_difference"``
             (one more forward, no AD) or ``"reverse"`` (the unrolled reference).
         chained: Keep the optimizer's state too, as the steps of an inner loop (S_inner > 1) need it.
+        base_fraction: The part of the base batch on which h is evaluated, in (0, 1]: a random sample of its instances,
+            weighted so that the expected hypergradient stays the same. That holds where a prediction depends on its own
+            instance alone; BatchNorm in training mode and dropout make it an approximation. The instances are
+            dimension 0 of every tensor in the batch and of the predictions.
 
     Attributes:
         accumulate: What the loss of each accumulated forward is divided by; by default their number.
 
     Raises:
-        ValueError: For an unknown method, or an optimizer that it cannot see through.
+        ValueError: For an unknown method, or an optimizer that it cannot see through; for a ``base_fraction`` out of
+            range, or where there is no h.
     """
 
     def __init__(
@@ -53,12 +58,21 @@ class BaseStep:
         predict: Predict | None = None,
         method: str = "forward",
         chained: bool = False,
+        base_fraction: float = 1.0,
     ) -> None:
         check_method(method)
+        if not 0.0 < base_fraction <= 1.0:
+            raise ValueError(f"`base_fraction` must lie in (0, 1], the part of the base batch; got {base_fraction}.")
+        if base_fraction < 1.0 and method == "reverse":
+            raise ValueError(
+                "`base_fraction` is for `method='forward'` and 'finite_difference';"
+                " 'reverse' differentiates whole batches."
+            )
         check_optimizer(optimizer, method, chained)
         self.method = method
         self.optimizer = optimizer
         self.chained = chained
+        self.base_fraction = base_fraction
         self.groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         self.parameters = [p for group in self.groups for p in group]
         if not self.parameters:
@@ -77,7 +91,8 @@ class BaseStep:
         self._device = self.parameters[0].device
         # The compiler does not trace the recording, so a compiled model's forward is computed again; so is that of an
         # inner loop, whose steps would keep activations otherwise.
-        self._records = method == "forward" and not chained and not any(_is_compiled(m) for m in model.modules())
+        keeps = method == "forward" and not chained and base_fraction == 1.0
+        self._records = keeps and not any(_is_compiled(m) for m in model.modules())
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Predict on ``batch`` at θ_t; the predictions carry the graph for the base backward."""

@@ -31,5 +31,5 @@ class ForwardTrace:
     buffers: dict[str, Tensor]
     predictions: Tensor
     target: Tensor
-    tape: PrimalTape | None
+    tape: PrimalTape | None = None
     slope: LossSlope | None = None

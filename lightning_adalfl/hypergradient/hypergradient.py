@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_adalfl.hypergradient.base_sample import BaseSample
 from lightning_adalfl.hypergradient.base_step import BaseStep
 from lightning_adalfl.hypergradient.directional_derivative import finite_difference, forward_mode, moved_parameters
+from lightning_adalfl.hypergradient.forward_trace import ForwardTrace
 from lightning_adalfl.hypergradient.loss_slope import LossSlope, Objective, phi_of
 from lightning_adalfl.hypergradient.unrolled import adjoint_of_later_steps, transposed_first_step, unrolled
 
@@ -129,15 +131,23 @@ def _by_phi(
     step: BaseStep, loss: Objective, phi: list[Tensor], direction: Sequence[Tensor], epsilon: float
 ) -> list[Tensor]:
     """Return ``∂/∂φ ⟨m_t(φ), J_t u⟩``, the mean over the step's forward passes."""
-    parameters = step.values_before()
+    before = step.values_before()
     if step.method == "finite_difference":
-        parameters, size = moved_parameters(parameters, direction, epsilon)
+        moved, size = moved_parameters(before, direction, epsilon)
+
+    def derivative(trace: ForwardTrace) -> Tensor:
+        if step.method == "forward":
+            return forward_mode(step.model, trace, before, direction)
+        return finite_difference(step.model, trace, moved, size)
+
     total = [torch.zeros_like(p) for p in phi]
     for trace in step.traces:
-        if step.method == "forward":
-            h = forward_mode(step.model, trace, parameters, direction)
+        if step.base_fraction < 1.0:
+            sample = BaseSample.draw(trace, step.base_fraction)
+            with_own = step.method == "finite_difference"
+            h = sample.spread(derivative(sample.evaluated(step.model, before) if with_own else sample.trace))
         else:
-            h = finite_difference(step.model, trace, parameters, size)
+            h = derivative(trace)
         slope = trace.slope
         if slope is None or not slope.holds_for(loss, phi):
             slope = LossSlope(loss, trace.predictions, trace.target)
