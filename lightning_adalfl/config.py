@@ -53,8 +53,7 @@ class AdaLFLConfig:
         residual: Whether ``"network"`` is added to the task's handcrafted loss and begins at zero, so that training starts from
             the handcrafted loss; ``False`` as in the paper.
         initial_loss: A file of :meth:`LearnedLoss.save`. φ begins with it, in place of a random draw and an offline
-            phase; with ``online=False`` it is the fixed loss of this model, without bounds. The six fields above are as in
-            the file.
+            phase; with ``online=False`` it is the fixed loss of this model. The six fields above are as in the file.
         meta_lr: η, the learning rate of φ online.
         lr_meta_lr: The learning rate of log α, for ``learn="lr"`` and ``"both"``.
         meta_optimizer: A class of ``torch.optim`` by its name.
@@ -167,8 +166,6 @@ class AdaLFLConfig:
             if given not in (found, _DEFAULTS[name]):
                 raise ValueError(f"`{name}` is {found!r} in `initial_loss` {path!r}; got {given!r}. Leave it out.")
             object.__setattr__(self, name, found)
-        if not self.online:
-            object.__setattr__(self, "max_gain", None)  # a given loss is taken as it is
 
     @classmethod
     def paper(cls, task: str, **changes: Any) -> AdaLFLConfig:

@@ -31,6 +31,9 @@ class LossTrajectory:
         every_n_steps: Base steps from one snapshot to the next, at first.
         max_snapshots: Upper bound on their number.
 
+    Attributes:
+        task_loss_from: The base step from which the task loss alone trained, once the safeguard had given up on φ.
+
     Raises:
         ValueError: For an argument out of range.
 
@@ -48,6 +51,7 @@ class LossTrajectory:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be a whole number, {least} or more; got {value!r}.")
         self.max_snapshots = max_snapshots
+        self.task_loss_from: int | None = None
         self._interval = every_n_steps
         self._description: dict[str, Any] | None = None
         self._steps: list[int] = []
@@ -154,6 +158,7 @@ class LossTrajectory:
         return {
             "description": self._description,
             "interval": self._interval,
+            "task_loss_from": self.task_loss_from,
             "steps": torch.tensor(self._steps, dtype=torch.int64),
             "phi": {name: torch.stack([snapshot[name] for snapshot in self._snapshots]) for name in names},
         }
@@ -166,22 +171,22 @@ class LossTrajectory:
         """
         try:
             steps, phi = state["steps"].tolist(), dict(state["phi"])
-            description, interval = state["description"], state["interval"]
+            description, interval, end = state["description"], state["interval"], state["task_loss_from"]
             rows = {len(value) for value in phi.values()} if steps else {0}
             ordered = all(isinstance(step, int) for step in steps) and all(a < b for a, b in pairwise([-1, *steps]))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it holds no trajectory of a loss ({error!r})") from error
         if rows != {len(steps)} or not ordered or isinstance(interval, bool) or not isinstance(interval, int):
             raise ValueError("its steps do not fit its snapshots, or are not in order")
-        if interval < 1:
-            raise ValueError(f"its interval {interval} is not positive")
+        if interval < 1 or not (end is None or (isinstance(end, int) and end >= 0)):
+            raise ValueError(f"its interval {interval} or its last step of φ, {str(end)[:20]}, is none")
         snapshots = [{name: value[row].clone() for name, value in phi.items()} for row in range(len(steps))]
         for snapshot in snapshots:
             if description is None or not all(torch.isfinite(value).all() for value in snapshot.values()):
                 raise ValueError("its φ is not finite, or of no known class; the run that it is of may have diverged")
         if snapshots:
             _rebuilt(description, snapshots[0])
-        self._description, self._interval = description if steps else None, interval
+        self._description, self._interval, self.task_loss_from = description if steps else None, interval, end
         self._steps, self._snapshots = steps, snapshots
         self._thin()
 
@@ -194,7 +199,8 @@ class LossTrajectory:
         if not self._steps:
             raise ValueError("the trajectory is empty; append a snapshot before saving it.")
         state = self.state_dict()
-        content = {**state["description"], "interval": self._interval, "max_snapshots": self.max_snapshots}
+        plain = {name: state[name] for name in ("interval", "task_loss_from")}
+        content = {**state["description"], **plain, "max_snapshots": self.max_snapshots}
         tensors = {"steps": state["steps"], **{f"phi.{name}": value for name, value in state["phi"].items()}}
         write_safe_file(path, TRAJECTORY_KIND, _VERSION, content, tensors)
 
@@ -210,6 +216,7 @@ class LossTrajectory:
         state = {
             "description": {name: content.get(name) for name in ("class", "options", "bounds")},
             "interval": content.get("interval"),
+            "task_loss_from": content.get("task_loss_from"),
             "steps": tensors.pop("steps", None),
             "phi": {name.removeprefix("phi."): value for name, value in tensors.items()},
         }

@@ -175,8 +175,9 @@ def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
         (lambda c, t: t.update(steps=torch.tensor([-1, 0, 1])), "or are not in order"),
         (lambda c, t: t.update(steps=torch.tensor([0.0, 1.0, 2.0])), "or are not in order"),
         (lambda c, t: t.update(steps=torch.tensor(3)), "it holds no trajectory of a loss"),
-        (lambda c, t: c.update(interval=0), "its interval 0 is not positive"),
+        (lambda c, t: c.update(interval=0), "its interval 0 or its last step of φ"),
         (lambda c, t: c.update(interval="1"), "its steps do not fit"),
+        (lambda c, t: c.update(task_loss_from=-1), "its last step of φ, -1, is none"),
         (lambda c, t: c.update(max_snapshots=None), "`max_snapshots` must be a whole number"),
         (lambda c, t: c.update(bounds={"max_gain": 2.0, "min_cosine": 0.5}), "its gain and its bounds do not belong"),
         (lambda c, t: t.update({"phi.log_gain": torch.ones(3)}), "its gain and its bounds do not belong"),
@@ -244,6 +245,27 @@ def test_a_replay_is_the_recorded_run_without_its_meta_steps(tmp_path: Path) -> 
     assert recorded.adalfl.meta_steps == 12
     assert_same(base_tensors(module), base_tensors(recorded))
     assert_same(learned_tensors(module), named(LossTrajectory.load(path).at(11)))
+
+
+def test_where_the_task_loss_took_over_it_does_so_again(tmp_path: Path) -> None:
+    class GiveUp(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if pl_module.adalfl.base_steps == 5:
+                pl_module.adalfl.safeguard.level = 2
+
+    recorded = make(Ada, adalfl=config())
+    trainer(tmp_path, callbacks=[GiveUp(), TrajectoryRecorder(1)]).fit(recorded, *loaders())
+    # A safeguard gives up after a base step, so what is seen at the end of a batch holds from the next one.
+    trajectory = LossTrajectory.load(tmp_path / NAME)
+    assert trajectory.task_loss_from == 6
+    module, levels = make(Ada, adalfl=config(online=False)), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            levels.append(pl_module.adalfl.fell_back)
+
+    trainer(tmp_path, callbacks=[TrajectoryReplay(tmp_path / NAME), Watch()]).fit(module, *loaders())
+    assert levels == [False] * 6 + [True] * 6
 
 
 def test_a_replay_in_a_plain_loop_without_lightning(tmp_path: Path) -> None:

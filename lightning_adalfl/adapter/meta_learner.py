@@ -36,6 +36,7 @@ class MetaLearner(nn.Module):
         meta_steps: Meta steps taken online.
         skipped_meta_steps: Meta steps left out because the hypergradient was not finite.
         initialised: Whether φ needs no offline phase, since one has run or φ was given.
+        task_loss_alone: Whether a replay has reached the step from which the task loss trained.
         run: What lives for the length of one fit.
         resumed: Where the fit that a checkpoint was written by stood, until the next one has taken it over.
     """
@@ -56,6 +57,7 @@ class MetaLearner(nn.Module):
         self.meta_steps = 0
         self.skipped_meta_steps = 0
         self.initialised = config.initial_loss is not None
+        self.task_loss_alone = False
         self.run: OnlineRun | None = None
         self.resumed: dict[str, Any] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -74,7 +76,7 @@ class MetaLearner(nn.Module):
     @property
     def fell_back(self) -> bool:
         """Whether the task loss has taken over for good."""
-        return self.safeguard is not None and self.safeguard.level > 1
+        return self.task_loss_alone or (self.safeguard is not None and self.safeguard.level > 1)
 
     @property
     def trained(self) -> nn.Module:

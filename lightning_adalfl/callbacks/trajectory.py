@@ -72,7 +72,10 @@ class TrajectoryRecorder(Callback):
         """Keep φ where a snapshot is due."""
         if _records(trainer):
             learner = _learner(self, pl_module)
-            self._record(trainer, learner, self.trajectory.due(learner.base_steps))
+            ends = learner.fell_back and self.trajectory.task_loss_from is None
+            if ends:
+                self.trajectory.task_loss_from = learner.base_steps
+            self._record(trainer, learner, ends or self.trajectory.due(learner.base_steps))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the last φ."""
@@ -99,10 +102,10 @@ class TrajectoryRecorder(Callback):
 class TrajectoryReplay(Callback):
     """Trains with the losses that another run recorded, at the cost of ordinary training.
 
-    Before each base step φ is set to what it was in the recorded run, by linear interpolation between its snapshots.
-    There is no meta step, so the configuration needs ``online=False``; an offline phase is passed over. The base model
-    and the data may be others, as long as the task, the structure of the loss and its bounds are the same. A resumed
-    run goes on where it was.
+    Before each base step φ is set to what it was in the recorded run, by linear interpolation between its snapshots;
+    where the safeguard had the task loss take over there, it takes over here. There is no meta step, so the
+    configuration needs ``online=False``; an offline phase is passed over. The base model and the data may be others, as
+    long as the task, the structure of the loss and its bounds are the same. A resumed run goes on where it was.
 
     Args:
         path: What :class:`TrajectoryRecorder` wrote.
@@ -152,7 +155,10 @@ class TrajectoryReplay(Callback):
     ) -> None:
         """Set φ for the base step that is about to be taken."""
         learner = _learner(self, pl_module)
-        self.trajectory.write_into(learner.trained, self._first + self._pace * learner.base_steps)
+        step = self._first + self._pace * learner.base_steps
+        self.trajectory.write_into(learner.trained, step)
+        end = self.trajectory.task_loss_from
+        learner.task_loss_alone = end is not None and step >= end
 
 
 def _learner(callback: Callback, pl_module: pl.LightningModule) -> MetaLearner:
@@ -162,7 +168,7 @@ def _learner(callback: Callback, pl_module: pl.LightningModule) -> MetaLearner:
             f"{name} needs a module with a learned loss; got {type(pl_module).__name__}. Put AdaLFLMixin left of it: "
             f"class Ada{type(pl_module).__name__}(AdaLFLMixin, {type(pl_module).__name__})."
         )
-    learner: MetaLearner = pl_module.adalfl  # type: ignore[assignment]
+    learner = pl_module.adalfl
     if learner.loss is None or learner.config.learns_lr:
         raise MisconfigurationException(
             f"{name} is for a learned loss alone, and a learned rate is no part of it; got "
