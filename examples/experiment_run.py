@@ -73,13 +73,16 @@ class BaseLearner(L.LightningModule):
         self.augmented = task.name in AUGMENTED
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return predictions (N, outputs)."""
         return self.model(x)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the handcrafted loss."""
         x, y = batch
         return self.loss(self(x), y)
 
     def configure_optimizers(self) -> Any:
+        """Return SGD at `rate`, with momentum and weight decay where the paper has them."""
         momentum = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4} if self.augmented else {}
         optimizer = torch.optim.SGD(self.parameters(), lr=1.0, **momentum)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
@@ -100,6 +103,7 @@ class Recorder(L.Callback):
         self.seconds = 0.0
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Look, where it is time to."""
         step = trainer.global_step
         if step % self.every and step != trainer.max_steps:
             return

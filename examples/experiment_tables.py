@@ -74,6 +74,7 @@ def table(records: Sequence[Record]) -> str:
         if known and task == "mnist5k":
             known += " (all of MNIST)"
         seconds = f"{mean(row['seconds'] for row in rows):.0f}"
-        cells = [f"{task} / {model}", f"{steps:,}", method, str(len(rows)), result, seconds, known, "" if hours is None else f"{hours:g}"]
+        time = "" if hours is None else f"{hours:g}"
+        cells = [f"{task} / {model}", f"{steps:,}", method, str(len(rows)), result, seconds, known, time]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -2,8 +2,8 @@
 
     python examples/reproduce.py --task diabetes --model mlp --methods baseline ml3 metalr adalfl --seeds 2 --steps 300
 
-With ``--json`` each run is written as it ends, and runs that the file holds are not repeated. ``--ablation`` runs the rows of one
-of the paper's ablations instead of ``--methods``; ``--figures`` draws learning curves and learned losses.
+With ``--json`` each run is written as it ends, and runs that the file holds are not repeated. ``--ablation`` runs the
+rows of one of the paper's ablations instead of ``--methods``; ``--figures`` draws learning curves and learned losses.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(argv)
     command = shlex.join(["python", "examples/reproduce.py", *argv])
     methods = list(ABLATIONS[options.ablation]) if options.ablation else options.methods
+    task, model = options.task, options.model
     jobs = [
-        Job(options.task, options.model, method, seed, options.steps, options.data, options.init_steps, options.batch_size)
+        Job(task, model, method, seed, options.steps, options.data, options.init_steps, options.batch_size)
         for method in ordered(methods)
         for seed in seeds(options.seeds)
     ]

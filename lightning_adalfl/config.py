@@ -45,13 +45,14 @@ class AdaLFLConfig:
         task_loss: The meta-objective L_T, ``task_loss(predictions, target) -> scalar``, or its import path such as
             ``"torch.nn.functional.l1_loss"``. By default cross-entropy, or the mean squared error for regression.
         representation: ``"network"`` (section 2.2), ``"ml3"`` (ReLU and Softplus), or a Taylor polynomial:
-            ``"taylor_cubic"``, ``"taylor_quadratic"``, and both with ``"_target_powers"`` behind; see :class:`TaylorLoss`.
+            ``"taylor_cubic"``, ``"taylor_quadratic"``, and both with ``"_target_powers"`` behind; see
+            :class:`TaylorLoss`.
         output_activation: Of ``"network"``, or ``None``.
         bias: Whether ``"network"`` has biases.
         weight_init: Of ``"network"``: ``"kaiming_normal"`` or ``"xavier_uniform"``.
         reduction: Over the outputs: ``"mean"`` (Eq. 3) or ``"sum"``.
-        residual: Whether ``"network"`` is added to the task's handcrafted loss and begins at zero, so that training starts from
-            the handcrafted loss; ``False`` as in the paper.
+        residual: Whether ``"network"`` is added to the task's handcrafted loss and begins at zero, so that training
+            starts from the handcrafted loss; ``False`` as in the paper.
         initial_loss: A file of :meth:`LearnedLoss.save`. φ begins with it, in place of a random draw and an offline
             phase; with ``online=False`` it is the fixed loss of this model. The six fields above are as in the file.
         meta_lr: η, the learning rate of φ online.
@@ -61,15 +62,16 @@ class AdaLFLConfig:
         meta_data: Where meta batches come from: ``"val"``, the validation data, or ``"train"``.
         meta_batch_size: Instances in a meta batch; by default the batch size of the loader that they come from.
         base_fraction: The part of the base batch that the Jacobian-vector product is taken on, chosen at random.
-        hypergradient: ``"forward"`` (exact, forward-mode AD), ``"finite_difference"`` (cheapest, approximate; no AD needed) or
-            ``"reverse"`` (exact, a double backward through the model; the reference).
-        max_gain: The slope of the learned loss is normalised to that of the task loss, times a learned gain in [1, ``max_gain``];
-            see :class:`~lightning_adalfl.losses.bounded.BoundedLoss`. ``None``, as in the paper, takes the slope as it is.
-        min_cosine: In (0, 1): where the angle between the two slopes has a smaller cosine, it is brought back to that. For
-            ``max_gain`` alone.
+        hypergradient: ``"forward"`` (exact, forward-mode AD), ``"finite_difference"`` (cheapest, approximate; no AD
+            needed) or ``"reverse"`` (exact, a double backward through the model; the reference).
+        max_gain: The slope of the learned loss is normalised to that of the task loss, times a learned gain in
+            [1, ``max_gain``]; see :class:`~lightning_adalfl.losses.bounded.BoundedLoss`. ``None``, as in the paper,
+            takes the slope as it is, and ``min_cosine`` and ``gain_lr`` have no part.
+        min_cosine: In (0, 1): where the angle between the two slopes has a smaller cosine, it is brought back to that.
         gain_lr: The learning rate of the logarithm of the gain, offline and online.
-        safeguard: Whether training goes back to the last good φ, and then to the task loss, when the task loss on meta batches
-            no longer falls or the hypergradient is not finite; see :class:`~lightning_adalfl.adapter.safeguard.Safeguard`.
+        safeguard: Whether training goes back to the last good φ, and then to the task loss, when the task loss on meta
+            batches no longer falls or the hypergradient is not finite; see
+            :class:`~lightning_adalfl.adapter.safeguard.Safeguard`.
         safeguard_window: The meta steps that this is judged by.
         learn: ``"loss"``, ``"lr"`` (the learning rate alone: MetaLR, Algorithms 3 and 4) or ``"both"``.
         online: Whether φ goes on learning in training (Algorithm 2); ``False`` after an offline phase is ML³.
@@ -193,8 +195,8 @@ class AdaLFLConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, fit for a checkpoint, a YAML file or a logger.
 
-        A ``task_loss`` becomes its import path; one that has none (a lambda, a local function) is left out and must be given
-        again where the dictionary is read.
+        A ``task_loss`` becomes its import path; one that has none (a lambda, a local function) is left out and must be
+        given again where the dictionary is read.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if callable(self.task_loss):
@@ -244,7 +246,9 @@ def _imported(path: str) -> Callable[[Tensor, Tensor], Tensor]:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"`task_loss` {path!r} cannot be imported: {error}.") from error
     if not callable(found):
-        raise ValueError(f"`task_loss` must be the import path of a function, such as 'torch.nn.functional.l1_loss'; got {path!r}.")
+        raise ValueError(
+            f"`task_loss` must be the import path of a function, such as 'torch.nn.functional.l1_loss'; got {path!r}."
+        )
     return found
 
 

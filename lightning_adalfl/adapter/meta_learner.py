@@ -41,6 +41,9 @@ class MetaLearner(nn.Module):
         resumed: Where the fit that a checkpoint was written by stood, until the next one has taken it over.
     """
 
+    log_gain: nn.Parameter
+    _bounded: BoundedLoss | None
+
     def __init__(self, config: AdaLFLConfig) -> None:
         super().__init__()
         self.config = config
@@ -177,9 +180,9 @@ class MetaLearner(nn.Module):
         if self.safeguard.level == 1:
             self._return_to_best()
             rank_zero_warn(
-                f"At base step {self.base_steps}, {reason}. Training goes on with the learned loss as it was at its best; if this "
-                "happens again, with the task loss alone. `adalfl/safeguard` counts it; `AdaLFLConfig(safeguard=False)` turns it "
-                "off."
+                f"At base step {self.base_steps}, {reason}. Training goes on with the learned loss as it was at its "
+                "best; if this happens again, with the task loss alone. `adalfl/safeguard` counts it; "
+                "`AdaLFLConfig(safeguard=False)` turns it off."
             )
         else:
             rank_zero_info(f"At base step {self.base_steps}, {reason}. From here on the task loss trains the model.")

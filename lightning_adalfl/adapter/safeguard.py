@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,8 +18,9 @@ class Safeguard:
     """Judges a learned loss by the task loss on meta batches, which are held out with ``meta_data="val"``.
 
     It trips when the mean over a window has not reached a new best for five windows, when a running mean over ten meta
-    steps is three times the best, or when ten hypergradients in a row are not finite. The first time, φ goes back to where it
-    was at the best window and the gain to 1; the second time, the task loss takes over for good and the meta steps end.
+    steps is three times the best, or when ten hypergradients in a row are not finite. The first time, φ goes back to
+    where it was at the best window and the gain to 1; the second time, the task loss takes over for good and the meta
+    steps end.
 
     Args:
         window: Meta steps in a window.
@@ -43,7 +45,7 @@ class Safeguard:
         self._recent: float | None = None
         self._first: float | None = None
 
-    def observe(self, task_loss: float, norm: float, learned: list[Tensor]) -> str | None:
+    def observe(self, task_loss: float, norm: float, learned: Sequence[Tensor]) -> str | None:
         """Take in a meta step; return why it trips, or ``None``.
 
         Args:
@@ -51,6 +53,8 @@ class Safeguard:
             norm: Of the hypergradient.
             learned: φ and what else is learned, as they are now.
         """
+        if self.level > 1:
+            return None
         finite = math.isfinite(task_loss) and math.isfinite(norm)
         self._unusable = 0 if finite else self._unusable + 1
         if self._unusable == UNUSABLE:
@@ -59,7 +63,8 @@ class Safeguard:
             return None
         self._recent = task_loss if self._recent is None else _MEMORY * self._recent + (1 - _MEMORY) * task_loss
         self._first = task_loss if self._first is None else self._first
-        if self._recent > RISE * min(self._best, self._first):
+        # Both: the running mean lags behind a loss that falls fast, and one batch alone may be a hard one.
+        if min(self._recent, task_loss) > RISE * min(self._best, self._first):
             return self._trip(f"the task loss on meta batches rose to {RISE:g} times its best")
         self._sum += task_loss
         self._count += 1

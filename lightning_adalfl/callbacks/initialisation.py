@@ -84,7 +84,7 @@ class AdaLFLInit(Callback):
 
     @classmethod
     def paper(cls, **changes: Any) -> AdaLFLInit:
-        """Return the paper's own recipe, S_init = 2500 and η = 1e-3 (section 4.4), for a module with ``AdaLFLConfig.paper()``.
+        """Return the paper's own recipe, S_init = 2500 and η = 1e-3 (section 4.4), to go with ``AdaLFLConfig.paper()``.
 
         Args:
             **changes: Arguments that are to differ.

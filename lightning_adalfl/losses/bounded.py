@@ -49,7 +49,7 @@ class BoundedLoss(nn.Module):
         return _WithSlope.apply(predictions, value.detach(), slope.to(predictions.dtype))
 
     def value_and_slope(self, predictions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return M_φ, and ``e^γ (τ + p')`` of the shape of the predictions, with the graph to φ, γ and the predictions."""
+        """Return M_φ and ``e^γ (τ + p')``, of the predictions' shape and with the graph to them, φ and γ."""
         leaf = predictions.to(self.loss.dtype)
         (tau,) = torch.autograd.grad(self.task_loss(leaf, target), leaf, create_graph=True)
         value = self.loss(leaf, target)
