@@ -8,6 +8,7 @@ schedulers, scaling, the module's own hooks) happens as it does without this cla
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -160,7 +161,7 @@ class AdaLFLMixin(pl.LightningModule):
         step = super().training_step
         if getattr(step, "__func__", step) is pl.LightningModule.training_step:
             return {}
-        if accepts(step, "dataloader_iter", 99):
+        if "dataloader_iter" in inspect.signature(step).parameters:
             raise MisconfigurationException(
                 "a `training_step` that takes `dataloader_iter` has no batch to learn from; take `batch`."
             )

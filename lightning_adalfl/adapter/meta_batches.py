@@ -167,7 +167,8 @@ def _rebuilt(
             "AdaLFLConfig."
         )
     length = len(dataset)  # type: ignore[arg-type]
-    if limit is not None and limit != 1.0 and limit != 0:
+    # One batch, the number 1, is not all of them, the part 1.0.
+    if limit is not None and limit != 0 and not (isinstance(limit, float) and limit == 1.0):
         batches = math.ceil(length / (loader.batch_size or size))
         kept = int(limit) if isinstance(limit, int) else int(batches * limit)
         dataset = Subset(dataset, range(min(length, max(kept, 1) * (loader.batch_size or size))))

@@ -95,7 +95,8 @@ class OnlineRun:
     def _observe(self, learned: Tensor, predictions: Tensor, target: Tensor) -> None:
         """Note the learned loss and, where it is about to be logged, the implied learning rate (section 5.5)."""
         self.logged["adalfl/learned_loss"] = learned.detach()
-        if "adalfl/implied_lr" in self.logged and (self.learner.base_steps + 1) % self.trainer.log_every_n_steps:
+        every = self.trainer.log_every_n_steps  # zero for never, as in a bare run
+        if "adalfl/implied_lr" in self.logged and (not every or (self.learner.base_steps + 1) % every):
             return
         scale = implied_scale(self.learner.objective, self.learner.task_loss, predictions, target)
         self.logged["adalfl/implied_lr"] = scale * float(self.optimizer.param_groups[0]["lr"]) * self.learner.lr_scale
