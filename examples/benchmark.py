@@ -1,112 +1,174 @@
 """What a meta step costs: time, memory and error of each way to compute it, beside ordinary training.
 
-    python examples/benchmark.py --models resnet18 --json resnet18.json
+python examples/benchmark.py --models resnet18 --json resnet18.json
 
-The methods take turns in one process, so that whatever else runs on the machine slows all of them alike.
+The methods take turns in one process, so that whatever else runs on the machine slows all of them alike; memory is
+measured in a process of its own for each. `ratio_to_baseline` is the time of a step over that of ordinary training with
+a handcrafted loss, and for the rows of `Trainer.fit` over that of the plain module's fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
+import platform
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from math import ceil
+from pathlib import Path
 
 import torch
-from base_models import build_model
-from benchmark_engines import ENGINES, Batch, Step, between
-from torch import nn
+from benchmark_cases import SETTINGS, Batch, Case, build_case
+from benchmark_engines import ALL_ENGINES, CHEAPER, ENGINES, INNER_LOOPS, Step, adalfl
+from benchmark_memory import peak_extra_mb
+from benchmark_trainer import fit_seconds
+from tqdm.auto import tqdm
 
-from lightning_adalfl import LossNetwork
-
-# The shape of an input and the batch size of each model.
-SETTINGS = {
-    "lenet5": ((1, 28, 28), 128),
-    "mlp": ((1, 28, 28), 128),
-    "allcnnc": ((3, 32, 32), 32),
-    "resnet18": ((3, 32, 32), 32),
-    "vit_small": ((3, 32, 32), 32),
-}
-CLASSES = 10
-MIN_TURN_SECONDS = 0.05
+PARTS = ("time", "error", "memory", "trainer", "inner")
+META_EVERY = (10, 100)
+# Where memory is measured at another batch size than time.
+MEMORY_BATCHES = {"resnet18": 64}
+INNER_LOOP_MODEL = "allcnnc"
+# Short steps are taken several at a time, so that each begins with the caches as it left them.
+TURN_SECONDS = 0.05
+FIT_SECONDS = 1.0
 
 
 @dataclass
 class Record:
-    """One row of the table."""
+    """One row of the table; ``None`` is what was not measured."""
 
     model: str
     batch: int
     engine: str
-    meta_every: int
-    step_ms: float
-    ratio_to_baseline: float
+    meta_every: int = 1
+    step_ms: float | None = None
+    ratio_to_baseline: float | None = None
     peak_extra_mb: float | None = None
     rel_error: float | None = None
 
 
-def random_batch(shape: tuple[int, ...], size: int) -> Batch:
-    """Draw noise images and labels: the time of a step does not depend on what they show."""
-    return torch.randn(size, *shape), torch.randint(0, CLASSES, (size,))
+class Table:
+    """The rows, by what they are about, in the order in which they came up."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, int, str, int], Record] = {}
+
+    def row(self, model: str, batch: int, engine: str, meta_every: int = 1) -> Record:
+        """Return a row, a new one if need be."""
+        key = (model, batch, engine, meta_every)
+        return self.rows.setdefault(key, Record(*key))
+
+    def __str__(self) -> str:
+        lines = ["| model | batch | engine | meta_every | step, ms | ratio | extra MB | rel. error |", "|---" * 8 + "|"]
+        for r in self.rows.values():
+            numbers = (_shown(r.step_ms, ".1f"), _shown(r.ratio_to_baseline, ".2f"), _shown(r.peak_extra_mb, ".0f"))
+            cells = (r.model, r.batch, r.engine, r.meta_every, *numbers, _shown(r.rel_error, ".1e"))
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        return "\n".join(lines)
 
 
-def step_times(steps: dict[str, Step], batches: list[Batch], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each step, over turns that they take one after the other."""
+def _shown(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def measure_times(case: Case, repeats: int, table: Table) -> None:
+    """Time every engine, and by its median what `meta_every` makes of the forward-mode one."""
+    seconds = step_seconds(case, {**ENGINES, **CHEAPER, "between": ALL_ENGINES["between"]}, repeats)
+    rows = [(engine, 1, seconds[engine]) for engine in (*ENGINES, *CHEAPER)]
+    # One step in k is followed by a meta step.
+    rows += [("forward", k, ((k - 1) * seconds["between"] + seconds["forward"]) / k) for k in META_EVERY]
+    for engine, meta_every, each in rows:
+        row = table.row(case.name, case.batch_size, engine, meta_every)
+        row.step_ms, row.ratio_to_baseline = each * 1e3, each / seconds["handcrafted"]
+
+
+def step_seconds(case: Case, engines: dict[str, object], repeats: int) -> dict[str, float]:
+    """Return the median seconds of each engine's step, over turns that they take one after the other."""
+    steps: dict[str, Step] = {name: ALL_ENGINES[name](*case.copies()) for name in engines}
     for step in steps.values():
-        for _ in range(2):
-            step(batches[0], batches[1])
-    started = time.perf_counter()
-    steps["handcrafted"](batches[0], batches[1])
-    # Short steps are taken several at a time, so that each begins with the caches as it left them.
-    in_a_row = ceil(MIN_TURN_SECONDS / (time.perf_counter() - started))
+        _timed(step, case.batches, 2)
+    in_a_row = ceil(TURN_SECONDS / _timed(steps["handcrafted"], case.batches, 1))
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats):
+    for _ in tqdm(range(repeats), desc=f"{case.name}: steps", leave=False):
         for name, step in steps.items():
-            started = time.perf_counter()
-            for k in range(in_a_row):
-                step(batches[k % len(batches)], batches[(k + 1) % len(batches)])
-            times[name].append((time.perf_counter() - started) / in_a_row)
-        print(f"\r  turn {turn + 1}/{repeats}", end="", file=sys.stderr, flush=True)
-    print("\r" + " " * 20, end="\r", file=sys.stderr)
+            times[name].append(_timed(step, case.batches, in_a_row))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def benchmark_model(name: str, engines: list[str], repeats: int) -> list[Record]:
-    """Time every engine on one model."""
-    shape, size = SETTINGS[name]
-    torch.manual_seed(0)
-    model, loss = build_model(name, shape, CLASSES), LossNetwork("multiclass")
-    batches = [random_batch(shape, size) for _ in range(4)]
-
-    def fresh() -> tuple[nn.Module, LossNetwork]:
-        return copy.deepcopy(model), copy.deepcopy(loss)
-
-    steps = {engine: ENGINES[engine](*fresh()) for engine in engines}
-    steps["between"] = between(*fresh())
-    seconds = step_times(steps, batches, repeats)
-    plain = seconds["between"]
-    rows = [(engine, 1, seconds[engine]) for engine in engines]
-    # A step in k is a meta step.
-    rows += [("forward", k, ((k - 1) * plain + seconds["forward"]) / k) for k in (10, 100) if "forward" in seconds]
-    return [Record(name, size, e, k, s * 1e3, s / seconds["handcrafted"]) for e, k, s in rows]
+def _timed(step: Step, batches: list[Batch], count: int) -> float:
+    started = time.perf_counter()
+    for k in range(count):
+        step(batches[k % len(batches)], batches[(k + 1) % len(batches)])
+    return (time.perf_counter() - started) / count
 
 
-def main() -> None:
+def measure_errors(case: Case, table: Table) -> None:
+    """Compare each hypergradient in float32 with the unrolled one in float64."""
+    model, loss = (copy.deepcopy(module).double() for module in (case.model, case.loss))
+    batch, meta_batch = ((x.double(), y) for x, y in case.batches[:2])
+    torch.manual_seed(1)
+    adalfl(model, loss, "reverse")(batch, meta_batch)
+    expected = torch.cat([p.grad.flatten() for p in loss.parameters()])
+    for engine in tqdm(ENGINES, desc=f"{case.name}: errors", leave=False):
+        if engine == "handcrafted":
+            continue
+        model, loss = case.copies()
+        torch.manual_seed(1)  # the same dropout masks
+        ENGINES[engine](model, loss)(case.batches[0], case.batches[1])
+        found = torch.cat([p.grad.flatten() for p in loss.parameters()]).double()
+        error = (found - expected).norm() / expected.norm()
+        table.row(case.name, case.batch_size, engine).rel_error = float(error)
+
+
+def measure_memory(name: str, batch_size: int, engines: dict[str, object], table: Table) -> None:
+    """Measure each engine's peak memory."""
+    for engine in tqdm(engines, desc=f"{name}: memory", leave=False):
+        table.row(name, batch_size, engine).peak_extra_mb = peak_extra_mb(name, engine, batch_size)
+
+
+def measure_trainer(case: Case, repeats: int, table: Table) -> None:
+    """Time whole fits, fewer turns of more steps."""
+    step = ENGINES["handcrafted"](*case.copies())
+    _timed(step, case.batches, 1)
+    steps = max(3, ceil(FIT_SECONDS / _timed(step, case.batches, 2)))
+    seconds = fit_seconds(case, steps, ceil(repeats / 4))
+    for (engine, meta_every), each in seconds.items():
+        row = table.row(case.name, case.batch_size, engine, meta_every)
+        row.step_ms, row.ratio_to_baseline = each * 1e3, each / seconds["trainer_plain", 1]
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=None)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    engines = ["handcrafted", *(e for e in args.engines if e != "handcrafted")]
+    parser.add_argument("--repeats", type=int, default=20, help="turns that the engines take")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--batch", type=int, default=None, help="in place of each model's own batch size")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, default=None, help="where to write one record per row")
+    args = parser.parse_args(arguments)
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1; got {args.repeats}")
+    torch.set_num_threads(args.threads)
+    table = Table()
     for name in args.models:
-        for record in benchmark_model(name, engines, args.repeats):
-            print(" ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in asdict(record).values()))
+        case = build_case(name, args.batch)
+        if "time" in args.parts:
+            measure_times(case, args.repeats, table)
+        if "error" in args.parts:
+            measure_errors(case, table)
+        if "memory" in args.parts:
+            measure_memory(name, args.batch or MEMORY_BATCHES.get(name, case.batch_size), ENGINES, table)
+        if "inner" in args.parts and name == INNER_LOOP_MODEL:
+            measure_memory(name, case.batch_size, INNER_LOOPS, table)
+        if "trainer" in args.parts:
+            measure_trainer(case, args.repeats, table)
+    print(f"torch {torch.__version__}, {args.threads} threads, {platform.processor() or platform.machine()}\n")
+    print(table)
+    if args.json is not None:
+        args.json.write_text(json.dumps([asdict(row) for row in table.rows.values()], indent=1))
 
 
 if __name__ == "__main__":
