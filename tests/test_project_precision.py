@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,3 +160,14 @@ def test_the_loss_keeps_single_precision_where_the_model_has_half(tmp_path: Any,
         assert value.dtype == torch.float32
         # Adam's steps of 1e-6 add up, which they could not in eight bits of mantissa.
         assert 0 < (value - start[name]).abs().max() < 2e-5
+
+
+def test_the_offline_phase_learns_whatever_the_scale_of_the_run_is(tmp_path: Path) -> None:
+    learned = []
+    for scale in (2.0**4, 2.0**32):
+        module = make(Ada, adalfl=config(online=False))
+        callbacks = [AdaLFLInit(steps=5, lr=1e-2)]
+        trainer(tmp_path, callbacks=callbacks, max_steps=1, **half_mixed(scale)).fit(module, *loaders())
+        assert module.adalfl.skipped_meta_steps == 0
+        learned.append(learned_tensors(module))
+    assert_same(*learned)

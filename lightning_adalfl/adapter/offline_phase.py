@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lightning_adalfl.adapter.distributed import broadcast, mean_over_processes
+from lightning_adalfl.adapter.loss_scale import LossScale
 from lightning_adalfl.adapter.meta_batches import EndlessBatches, moved_to_device
-from lightning_adalfl.adapter.requirements import checked_predict
+from lightning_adalfl.adapter.requirements import base_optimizer, checked_predict
 from lightning_adalfl.hypergradient import BaseStep, hypergradient
 from lightning_adalfl.hypergradient.random_state import RandomState
 
@@ -55,7 +56,7 @@ class OfflinePhase:
         self._draws = torch.Generator().manual_seed(seed)
         groups: list[dict[str, Any]] = [
             {"params": [p for p in group["params"] if p.requires_grad], "lr": float(group["lr"])}
-            for group in self.trainer.optimizers[0].param_groups
+            for group in base_optimizer(self.trainer, self.learner).param_groups
         ]
         self._rates: list[float] = [group["lr"] for group in groups]
         self._sgd = torch.optim.SGD(groups, lr=self._rates[0])
@@ -66,6 +67,7 @@ class OfflinePhase:
         ]
         self._initial = {name: tensor.detach().clone() for name, tensor in base_state(module).items()}
         self._reduce = mean_over_processes(self.trainer)
+        self._base_scale, self._meta_scale = LossScale(self.trainer), LossScale(self.trainer)
         broadcast(self.learner, self.trainer)
         self._meta_rates = (lr, lr)
         self.learner.start(*self._meta_rates)
@@ -76,14 +78,18 @@ class OfflinePhase:
         with self.trainer.precision_plugin.train_step_context():
             for step in self._steps:
                 self._inner_step(step)
-            gradient = hypergradient(
-                self._steps,
-                self.learner.task_loss if self.learner.loss is None else self.learner.trained,
-                self.learner.task_loss,
-                moved_to_device(self.module, next(self.meta_batches)),
-                all_reduce=self._reduce,
-                loss_scale=self._loss_scale,
-            )
+            batch = moved_to_device(self.module, next(self.meta_batches))
+            while True:
+                gradient = hypergradient(
+                    self._steps,
+                    self.learner.task_loss if self.learner.loss is None else self.learner.trained,
+                    self.learner.task_loss,
+                    batch,
+                    all_reduce=self._reduce,
+                    loss_scale=self._meta_scale.value,
+                )
+                if self._meta_scale.fits([*gradient.loss, gradient.log_lr]):
+                    break
         for step in self._steps:
             step.clear()
         self.learner.step(gradient)
@@ -91,18 +97,22 @@ class OfflinePhase:
 
     def _inner_step(self, step: BaseStep) -> None:
         predictions, target = step.forward(moved_to_device(self.module, next(self.train_batches)))
-        objective = self.learner.objective(predictions, target) * self._loss_scale
-        gradients = list(torch.autograd.grad(objective, step.parameters, allow_unused=True))
-        known = [g for g in gradients if g is not None]
-        if self._loss_scale != 1.0:
-            torch._foreach_div_(known, self._loss_scale)
-        if self._reduce is not None:
-            self._reduce(known)
+        objective = self.learner.objective(predictions, target)
+        while True:
+            scale = self._base_scale.value
+            scaled = objective * scale
+            gradients = list(torch.autograd.grad(scaled, step.parameters, allow_unused=True, retain_graph=scale > 1))
+            known = [g for g in gradients if g is not None]
+            if scale != 1.0:
+                torch._foreach_div_(known, scale)
+            if self._reduce is not None:
+                self._reduce(known)
+            if self._base_scale.fits(known):
+                break
         for parameter, gradient in zip(step.parameters, gradients):
             parameter.grad = gradient
-        scale = self.learner.lr_scale
         for group, rate in zip(self._sgd.param_groups, self._rates):
-            group["lr"] = rate * scale
+            group["lr"] = rate * self.learner.lr_scale
         step.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,6 +123,7 @@ class OfflinePhase:
             "train_batches": self.train_batches.state_dict(),
             "meta_batches": self.meta_batches.state_dict(),
             "draws": self._draws.get_state(),
+            "loss_scales": [self._base_scale.state_dict(), self._meta_scale.state_dict()],
             "random_state": RandomState.capture(self.module.device).to_plain(),
         }
 
@@ -124,13 +135,10 @@ class OfflinePhase:
         self.train_batches.load_state_dict(state["train_batches"])
         self.meta_batches.load_state_dict(state["meta_batches"])
         self._draws.set_state(state["draws"].cpu())
+        for scale, saved in zip((self._base_scale, self._meta_scale), state["loss_scales"]):
+            scale.load_state_dict(saved)
         # Last, since drawing batches again has moved the generators.
         RandomState.from_plain(state["random_state"], self.module.device).restore()
-
-    @property
-    def _loss_scale(self) -> float:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return float(scaler.get_scale()) if scaler is not None else 1.0
 
     @torch.no_grad()
     def _reset(self) -> None:

@@ -15,7 +15,7 @@ from lightning_adalfl.adapter.finite_steps import FiniteSteps
 from lightning_adalfl.adapter.loss_scale import LossScale
 from lightning_adalfl.adapter.meta_batches import EndlessBatches, moved_to_device
 from lightning_adalfl.adapter.meta_learner import MetaLearner
-from lightning_adalfl.adapter.requirements import check_excluded, check_optimizers, checked_predict
+from lightning_adalfl.adapter.requirements import base_optimizer, checked_predict
 from lightning_adalfl.hypergradient import BaseStep, Hypergradient, hypergradient
 from lightning_adalfl.hypergradient.gradient_clipping import GradientTransform
 from lightning_adalfl.hypergradient.random_state import RandomState, RandomStream
@@ -37,11 +37,10 @@ class OnlineRun:
         self.module = module
         self.learner = learner
         self.trainer = module.trainer
-        self.optimizer = check_optimizers(self.trainer.optimizers)
+        self.optimizer = base_optimizer(self.trainer, learner)
         config = learner.config
         self._predict = checked_predict(module)
         self.base_step = self._new_base_step()
-        check_excluded(learner, self.optimizer)
         # The order of the data must be one over processes; the dropout masks need not.
         seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**31)
         self.batches = EndlessBatches(module.adalfl_meta_dataloader(), seed) if config.online else None

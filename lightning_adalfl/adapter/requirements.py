@@ -35,24 +35,31 @@ def check_module(module: pl.LightningModule) -> None:
         )
 
 
-def check_optimizers(optimizers: list[Optimizer]) -> Optimizer:
-    """Return the one base optimizer; raise if there are more or none."""
-    if len(optimizers) != 1:
+def base_optimizer(trainer: pl.Trainer, learner: nn.Module) -> Optimizer:
+    """Return the one base optimizer, without the parameters of the learned loss.
+
+    They come into it where it is built outside ``configure_optimizers``, as LightningCLI builds it.
+
+    Raises:
+        MisconfigurationException: If there are several optimizers or none, or a parameter group for the learned loss.
+    """
+    if len(trainer.optimizers) != 1:
         raise MisconfigurationException(
-            f"AdaLFL needs exactly one base optimizer from `configure_optimizers`, whose step it differentiates; got "
-            f"{len(optimizers)}. Parameter groups of one optimizer may have their own learning rates."
+            "AdaLFL needs exactly one base optimizer from `configure_optimizers`, whose step it differentiates; got "
+            f"{len(trainer.optimizers)}. Parameter groups of one optimizer may have their own learning rates."
         )
-    return optimizers[0]
-
-
-def check_excluded(learner: nn.Module, optimizer: Optimizer) -> None:
-    """Raise if the base optimizer holds a parameter of the learned loss."""
+    (optimizer,) = trainer.optimizers
     learned = {id(p) for p in learner.parameters()}
-    if any(id(p) in learned for group in optimizer.param_groups for p in group["params"]):
-        raise MisconfigurationException(
-            "the base optimizer holds parameters of `self.adalfl`, which the meta optimizer moves; build it in "
-            "`configure_optimizers` from `self.parameters()` (they are left out there) or from your own submodules."
-        )
+    for group in optimizer.param_groups:
+        kept = [p for p in group["params"] if id(p) not in learned]
+        if group["params"] and not kept:
+            raise MisconfigurationException(
+                "the base optimizer has a group of parameters of `self.adalfl` alone, which the meta optimizer moves; "
+                "build it in `configure_optimizers` from `self.parameters()` (they are left out there) or from your "
+                "own submodules."
+            )
+        group["params"] = kept
+    return optimizer
 
 
 def warn_of_trained_on_metrics(callbacks: list[Callback]) -> None:
