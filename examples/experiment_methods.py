@@ -67,8 +67,17 @@ ABLATIONS: Mapping[str, Mapping[str, Method]] = {
         f"adalfl_paper meta_lr={rate}": Method("paper", {"meta_lr": float(rate)})
         for rate in ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
     },
-    "meta_data": {
-        f"adalfl_paper meta_data={data}": Method("paper", {"meta_data": data}) for data in ("train", "val")
+    "meta_data": {f"adalfl_paper meta_data={data}": Method("paper", {"meta_data": data}) for data in ("train", "val")},
+    # Not in the paper: what the meta steps cost against what they bring.
+    "cost": {
+        "baseline": METHODS["baseline"],
+        "baseline_tuned": METHODS["baseline_tuned"],
+        "adalfl": METHODS["adalfl"],
+        "adalfl meta_every=10": Method("library", {"meta_every": 10}),
+        "adalfl meta_every=100": Method("library", {"meta_every": 100}),
+        "adalfl meta_every=10 gain_lr=0.1": Method("library", {"meta_every": 10, "gain_lr": 0.1}),
+        "adalfl finite_difference": Method("library", {"hypergradient": "finite_difference"}),
+        "adalfl online=False": Method("library", {"online": False}),
     },
 }
 

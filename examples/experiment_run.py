@@ -207,6 +207,7 @@ def matched_rate(record: Record) -> Callable[[int], float]:
     points = [(p["step"], p["implied_lr"]) for p in record["curve"] if p["implied_lr"] is not None]
 
     def rate(step: int) -> float:
+        step += 1  # the one about to be taken; records count those that have been
         earlier = [point for point in points if point[0] <= step] or points[:1]
         later = [point for point in points if point[0] > step] or points[-1:]
         (a, left), (b, right) = earlier[-1], later[0]
@@ -226,5 +227,3 @@ def _tuned(job: Job) -> Record:
     last = [r["curve"][-1]["val"] for r in runs]
     best = min(range(len(runs)), key=lambda i: math.inf if last[i] is None else last[i])
     return {**runs[best], "method": job.method, "seconds": round(sum(r["seconds"] for r in runs), 2)}
-
-

@@ -64,6 +64,15 @@ class BoundedLoss(nn.Module):
         across = torch.where(aligned & torch.isfinite(length), across, 0.0)
         return value, self.log_gain.exp() * (tau + across)
 
+    @property
+    def task(self) -> str:
+        """The task of the learned loss."""
+        return self.loss.task
+
+    def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return ``e^γ ℓ_φ(y_i, f_i)`` element-wise: the loss with its gain, for pictures."""
+        return self.log_gain.exp() * self.loss.pairwise(prediction, target)
+
     @torch.no_grad()
     def clamp_gain(self) -> None:
         """Bring the gain back into [1, ``max_gain``]."""
