@@ -94,9 +94,8 @@ def test_the_control_follows_the_implied_learning_rate(data: Path) -> None:
     rate = matched_rate(reference)
     assert [rate(step) for step in (0, 1, 2, 3, 9)] == pytest.approx([0.02, 0.02, 0.03, 0.04, 0.04])
     record = run(Job("diabetes", "mlp", "baseline_matched", 0, 4, str(data), batch_size=16), rate)
-    assert [point["implied_lr"] for point in record["curve"]] == pytest.approx(
-        [0.02, 0.03, 0.04, 0.04], rel=1e-6
-    )  # of the next step
+    rates = [point["implied_lr"] for point in record["curve"]]
+    assert rates == pytest.approx([0.02, 0.03, 0.04, 0.04], rel=1e-6)  # each that of the next step
 
 
 def test_a_run_that_diverges_has_no_test_error(data: Path) -> None:
