@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--data", choices=["mnist5k", "mnist"], default="mnist5k")
     parser.add_argument("--root", type=Path, default=Path("data"), help="where --data mnist is kept")
     parser.add_argument("--max-steps", type=int, default=1500, help="base steps of each run")
-    parser.add_argument("--init-steps", type=int, default=500, help="meta steps of the offline phase")
+    parser.add_argument("--init-steps", type=int, default=300, help="meta steps of the offline phase")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path, default=Path("lightning_logs/quickstart"))
     args = parser.parse_args()

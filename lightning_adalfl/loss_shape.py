@@ -12,6 +12,7 @@ from torch import Tensor
 CLASSIFICATION_TASKS = ("multiclass", "binary", "multilabel")
 TASKS = (*CLASSIFICATION_TASKS, "regression")
 
+_END = 1e-3  # from an impossible or a certain prediction
 _HEAT_POINTS = 41
 
 
@@ -105,7 +106,8 @@ def evaluate_loss_shape(
 
     if loss.task in CLASSIFICATION_TASKS:
         target = torch.tensor([1.0, 0.0])
-        grid = torch.linspace(0.0, 1.0, resolution)
+        # A logarithm has no value at the ends, and a learned loss may have one in it.
+        grid = torch.linspace(0.0, 1.0, resolution).clamp(_END, 1.0 - _END)
         values, slope = _loss_and_slope(loss, grid.expand(2, -1), target[:, None].expand(-1, resolution), like)
         return LossShape(loss.task, step, target, grid, values, slope)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -18,6 +19,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from torch import Tensor
 
 from lightning_adalfl.loss_shape import CLASSIFICATION_TASKS, LossShape
+from lightning_adalfl.losses.handcrafted import handcrafted_pairwise
 
 _COLOURS = colormaps["viridis"]
 _GREY = "0.25"
@@ -34,9 +36,10 @@ def plot_loss_shapes(history: Iterable[LossShape], *, title: str | None = None) 
 
     The upper row shows ℓ_φ against the prediction for a target of 1 and of 0 (regression: against the error, for each
     target of the snapshots), the lower row its slope ∂ℓ_φ/∂f. A constant added to a loss changes nothing, so each curve
-    is shown less its value at the correct prediction; slopes are shown as they are. The handcrafted loss (-log f and
-    -log(1 - f); squared error) is dashed, times the one factor that fits it best to the newest curves (least squares
-    over all targets), which the legend names: about how many times harder the learned loss pulls.
+    is shown less its value at the correct prediction; slopes are shown as they are. The handcrafted loss of each output
+    (-log f, and for a target of 0 nothing, or -log(1 - f) where outputs are independent; squared error) is dashed,
+    times the one factor that fits it best to the newest curves (least squares over all targets), which the legend
+    names: about how many times harder the learned loss pulls.
 
     Args:
         history: Snapshots, oldest first; a `LossShapeHistory` or any iterable of `LossShape`.
@@ -150,19 +153,19 @@ def _lowest(grid: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def _handcrafted(shape: LossShape) -> tuple[np.ndarray, np.ndarray]:
     """The handcrafted loss of the task and its slope on the grid of a snapshot, each (T, G)."""
-    grid = shape.grid.numpy().astype(float)
-    if shape.task not in CLASSIFICATION_TASKS:
-        return np.tile(grid**2, (len(shape.targets), 1)), np.tile(2 * grid, (len(shape.targets), 1))
-    loss, slope = [], []
-    for target in shape.targets.numpy():
-        likelihood = np.maximum(grid if target == 1 else 1 - grid, 1e-3)  # the ends, where the logarithm has none
-        loss.append(-np.log(likelihood))
-        slope.append((-1.0 if target == 1 else 1.0) / likelihood)
-    return np.stack(loss), np.stack(slope)
+    targets = shape.targets.double()[:, None].expand(-1, len(shape.grid))
+    grid = shape.grid.double().expand_as(targets)
+    predictions = (grid if shape.task in CLASSIFICATION_TASKS else targets + grid).clone().requires_grad_()
+    with torch.enable_grad():
+        loss = handcrafted_pairwise(shape.task, predictions, targets)
+        (slope,) = torch.autograd.grad(loss.sum(), predictions)
+    return loss.detach().numpy(), slope.numpy()
 
 
 def _fit_factor(handcrafted: np.ndarray, learned: np.ndarray) -> float:
     """The factor c > 0 that minimises |c · handcrafted - learned|²; if there is none, the one of equal norms."""
+    inner = slice(len(learned[0]) // 50, -(len(learned[0]) // 50) or None)  # the ends would outweigh all the rest
+    handcrafted, learned = handcrafted[:, inner], learned[:, inner]
     seen = np.isfinite(learned)
     size = float((handcrafted[seen] ** 2).sum())
     if size == 0 or not learned[seen].any():
@@ -192,13 +195,20 @@ def _label_column(upper: Axes, lower: Axes, task: str, target: float, factor: fl
         formula, corner = r"$(f-y)^2$", "upper center"
         lower.set(xlabel="error f − y", xlim=lower.dataLim.intervalx)
     upper.set_title(f"target y = {target:g}", fontsize=10)
-    upper.lines[-1].set_label(f"handcrafted: {formula} × {factor:.3g}")
+    nothing = task == "multiclass" and target == 0  # the cross-entropy sees the other classes through the softmax
+    upper.lines[-1].set_label("handcrafted: 0" if nothing else f"handcrafted: {formula} × {factor:.3g}")
     upper.legend(loc=corner, fontsize=8, framealpha=0.9, handlelength=2.6)
 
 
+def _but_for_ends(curves: np.ndarray) -> np.ndarray:
+    flat = curves.reshape(-1, curves.shape[-1])
+    bounds = [np.quantile(row[np.isfinite(row)], [0.06, 0.94]) for row in flat if np.isfinite(row).any()]
+    return np.concatenate(bounds) if bounds else np.zeros(1)
+
+
 def _limit(row: Iterable[Axes], curves: np.ndarray, dashed: np.ndarray) -> None:
-    """Shows all of the learned curves, and the handcrafted one but for its ends, where a logarithm goes to infinity."""
-    finite = np.append(curves[np.isfinite(curves)], np.quantile(dashed, [0.15, 0.85], axis=1))
+    """Shows the curves but for their ends, where a logarithm goes to infinity."""
+    finite = np.append(_but_for_ends(curves), np.quantile(dashed, [0.15, 0.85], axis=1))
     low, high = float(finite.min()), float(finite.max())
     margin = 0.06 * (high - low) or 1.0
     for axes in row:

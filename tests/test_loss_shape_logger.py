@@ -40,6 +40,10 @@ class Learner(nn.Module):
         self.loss = GrowingLoss(task)
         self.base_steps = 0
 
+    @property
+    def trained(self) -> GrowingLoss:
+        return self.loss
+
 
 class Net(pl.LightningModule):
     """A module whose learned loss grows by one at every base step; counters are in its checkpoint."""

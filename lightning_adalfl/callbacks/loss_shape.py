@@ -26,10 +26,11 @@ _TIME_SHARE = 0.02  # of the training time, for drawing
 class LossShapeLogger(Callback):
     """Keeps snapshots of the learned loss ℓ_φ and shows them in every attached logger.
 
-    A snapshot is taken when training starts, every `every_n_steps` base steps, and when training ends. After each one,
-    the data of all is in `loss_shape.npz` in the log folder of the first logger (`default_root_dir` without a logger).
-    The figure of all snapshots so far goes to every logger under `adalfl/loss_shape`, for regression also a heat map of
-    the newest under `adalfl/loss_heatmap`. The snapshots are part of the checkpoint; a resumed run goes on with them.
+    Within the bounds of `AdaLFLConfig.max_gain`, ℓ_φ is shown times its gain. A snapshot is taken when training starts,
+    every `every_n_steps` base steps, and when training ends. After each one, the data of all is in `loss_shape.npz` in
+    the log folder of the first logger (`default_root_dir` without a logger). The figure of all snapshots so far goes to
+    every logger under `adalfl/loss_shape`, for regression also a heat map of the newest under `adalfl/loss_heatmap`.
+    The snapshots are part of the checkpoint; a resumed run goes on with them.
 
     Drawing takes about half a second, so it is bounded: there is a figure when training starts and when it ends, and
     between these whenever the base steps have grown by half since the last figure and drawing has taken less than 2% of
@@ -174,7 +175,7 @@ class LossShapeLogger(Callback):
     def _evaluate(self, pl_module: pl.LightningModule) -> LossShape:
         adalfl: Any = pl_module.adalfl
         return evaluate_loss_shape(
-            adalfl.loss,
+            adalfl.trained,
             adalfl.base_steps,
             resolution=self.resolution,
             targets=self.targets,
