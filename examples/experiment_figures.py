@@ -35,6 +35,7 @@ def draw_figures(records: Sequence[Record], folder: Path) -> list[Path]:
     files = {
         folder / f"{name}_learning_curves.png": curves(records, ("test",), f"{title}: learning curves"),
         folder / f"{name}_dynamics.png": curves(records, ("val", "implied_lr"), f"{title}: training dynamics"),
+        folder / f"{name}_cost.png": error_against_time(records, f"{title}: what a method costs and brings"),
     }
     for record in records:
         snapshots = snapshot_folder(folder, record) / "loss_shape.npz"
@@ -60,6 +61,27 @@ def curves(records: Sequence[Record], quantities: Sequence[str], title: str) -> 
         draw_methods(axes, records, lambda point, quantity=quantity: point[quantity])
         axes.set(xlabel="base step", ylabel=LABELS[quantity], yscale="log")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def error_against_time(records: Sequence[Record], title: str) -> Figure:
+    """Draw the test error over the seconds since the start, the offline phase included, a line for each run."""
+    figure = Figure(figsize=(7.6, 4.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    for index, method in enumerate(methods):
+        runs = [record for record in records if record["method"] == method]
+        for run in runs:
+            # A tuned rate costs the runs that it was chosen among.
+            before = run["seconds"] - run["curve"][-1]["seconds"] if method == "baseline_tuned" else 0.0
+            shown = [(before + p["seconds"], p["test"]) for p in run["curve"] if p["test"] is not None]
+            if shown:
+                label = method if run is runs[0] else None
+                axes.plot(*zip(*shown), color=f"C{index}", lw=1.4, label=label)
+                axes.plot(*shown[-1], "o", color=f"C{index}", ms=5)
+    axes.set(xlabel="seconds, offline phase included", ylabel=LABELS["test"], yscale="log")
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
 

@@ -101,6 +101,7 @@ class Recorder(L.Callback):
         self.every = max(1, steps // CURVE_POINTS)
         self.curve: list[dict[str, float | None]] = []
         self.seconds = 0.0
+        self.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look, where it is time to."""
@@ -113,6 +114,7 @@ class Recorder(L.Callback):
         self.curve.append(
             {
                 "step": step,
+                "seconds": round(start - self.started - self.seconds, 2),
                 "val": number(error(pl_module, self.data.val, self.task.kind)),
                 "test": number(error(pl_module, self.data.test, self.task.kind)),
                 "implied_lr": number(float(rate)),
@@ -177,6 +179,7 @@ def run(job: Job, rate: Callable[[int], float] | None = None, snapshots: Path | 
         module = AdaptiveLearner(task, job.model, rate, adalfl=config)
         callbacks += [init] if init else []
         callbacks += [LossShapeLogger(max(1, job.steps // CURVE_POINTS))] if snapshots and config.learns_loss else []
+    recorder.started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few workers, and of hypergradients that are not finite: the record tells
         trainer = L.Trainer(
@@ -190,9 +193,8 @@ def run(job: Job, rate: Callable[[int], float] | None = None, snapshots: Path | 
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        start = time.perf_counter()
         trainer.fit(module, data.train, data.val)
-    seconds = time.perf_counter() - start - recorder.seconds
+    seconds = time.perf_counter() - recorder.started - recorder.seconds
     record: Record = {
         **{name: getattr(job, name) for name in ("task", "model", "method", "seed", "steps")},
         "test": recorder.curve[-1]["test"],

@@ -157,13 +157,15 @@ def test_seeds_methods_and_bad_counts(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_figures_end_where_a_run_diverged(tmp_path: Path) -> None:
     def record(method: str, seed: int, last: float | None) -> dict[str, Any]:
-        points = [{"step": 1, "val": 0.5, "test": 0.5, "implied_lr": 0.1}]
-        points.append({"step": 2, "val": last, "test": last, "implied_lr": 0.1})
+        points = [{"step": 1, "val": 0.5, "test": 0.5, "implied_lr": 0.1, "seconds": 1.0}]
+        points.append({"step": 2, "val": last, "test": last, "implied_lr": 0.1, "seconds": 2.0})
         names = SimpleNamespace(task="diabetes", model="mlp", method=method, seed=seed, steps=2)
         return {**vars(names), "test": last, "seconds": 1.0, "curve": points}
 
     records = [record("baseline", 0, 0.4), record("baseline", 1, None), record("adalfl", 0, 0.3)]
     files = draw_figures(records, tmp_path)
-    assert sorted(file.name for file in files) == ["diabetes_mlp_dynamics.png", "diabetes_mlp_learning_curves.png"]
+    assert sorted(file.name for file in files) == [
+        f"diabetes_mlp_{name}.png" for name in ("cost", "dynamics", "learning_curves")
+    ]
     assert all(file.stat().st_size > 1000 for file in files)
     assert draw_figures([], tmp_path) == []
