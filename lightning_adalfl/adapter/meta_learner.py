@@ -150,6 +150,8 @@ class MetaLearner(nn.Module):
         self._optimizer.zero_grad()
         if self._bounded is not None:
             self._bounded.clamp_gain()
+            if self._learns_gain and self.safeguard is not None and self.safeguard.level:
+                self.log_gain.detach().zero_()
         if not torch.isfinite(torch.stack(torch._foreach_norm(self.learned_parameters()))).all():
             with torch.no_grad():
                 torch._foreach_copy_(self.learned_parameters(), before)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 PATIENCE = 5  # windows without a new best
+FALL = 0.99  # times the best so far is a new best
 RISE = 3.0  # times the best: the base model is running away, and the window's end is too far
 UNUSABLE = 10  # meta steps in a row
 _MEMORY = 0.9  # of the running mean that a rise is judged by
@@ -17,10 +18,10 @@ _MEMORY = 0.9  # of the running mean that a rise is judged by
 class Safeguard:
     """Judges a learned loss by the task loss on meta batches, which are held out with ``meta_data="val"``.
 
-    It trips when the mean over a window has not reached a new best for five windows, when a running mean over ten meta
-    steps is three times the best, or when ten hypergradients in a row are not finite. The first time, φ goes back to
-    where it was at the best window and the gain to 1; the second time, the task loss takes over for good and the meta
-    steps end.
+    It trips when no window of five in a row has a mean that is 1% below the best before, when a running mean over ten
+    meta steps is three times the best, or when ten hypergradients in a row are not finite. The first time, φ goes back
+    to where it was at the best window and the gain is 1 from then on; the second time, the task loss takes over for
+    good and the meta steps end.
 
     Args:
         window: Meta steps in a window.
@@ -71,7 +72,7 @@ class Safeguard:
         if self._count < self.window:
             return None
         mean, self._sum, self._count = self._sum / self._count, 0.0, 0
-        if mean < self._best:
+        if mean < FALL * self._best:
             self._best, self._stale = mean, 0
             if self.level == 0:
                 self.best_values = [tensor.detach().clone() for tensor in learned]
