@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from lightning_adalfl.plotting import plot_loss_shapes
 from lightning_adalfl.snapshots import LossShapeHistory
@@ -60,6 +61,7 @@ def curves(records: Sequence[Record], quantities: Sequence[str], title: str) -> 
     for axes, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities):
         draw_methods(axes, records, lambda point, quantity=quantity: point[quantity])
         axes.set(xlabel="base step", ylabel=LABELS[quantity], yscale="log")
+        write_plain_numbers(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
@@ -81,9 +83,16 @@ def error_against_time(records: Sequence[Record], title: str) -> Figure:
                 axes.plot(*zip(*shown), color=f"C{index}", lw=1.4, label=label)
                 axes.plot(*shown[-1], "o", color=f"C{index}", ms=5)
     axes.set(xlabel="seconds, offline phase included", ylabel=LABELS["test"], yscale="log")
+    write_plain_numbers(axes)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def write_plain_numbers(axes: Axes) -> None:
+    """Label a logarithmic axis with 0.2 and not with a power of ten."""
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(StrMethodFormatter("{x:g}"))
 
 
 def draw_methods(axes: Axes, records: Sequence[Record], value: Callable[[dict[str, Any]], float | None]) -> None:

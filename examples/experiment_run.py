@@ -188,6 +188,7 @@ def run(job: Job, rate: Callable[[int], float] | None = None, snapshots: Path | 
             default_root_dir=snapshots,
             accelerator="cpu",
             limit_val_batches=0,
+            log_every_n_steps=recorder.every,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -133,7 +133,8 @@ def test_a_run_that_diverges_without_it_does_not_with_it(tmp_path: Path) -> None
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="rose to 3 times its best. Training goes on with the learned loss as it was"):
         guarded = fit(tmp_path, 0.12, 60, start=10.0, gain_lr=1e-6)
-    assert guarded.adalfl.safeguard.level >= 1
+    assert guarded.adalfl.safeguard.level == 1
+    assert float(guarded.adalfl.log_gain.detach()) == 0  # from then on, though the hypergradient asks for more
     assert error(guarded) < 1.0
 
 
