@@ -20,6 +20,7 @@ import torch
 from endurance_training import Settings, newest_checkpoint, run_child
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_adalfl import LossTrajectory
 from lightning_adalfl.snapshots import LossShapeHistory
 
 # Of what a run is doing when it dies; "any" is a moment by the clock.
@@ -145,6 +146,9 @@ def check_files(root: Path) -> Counter[str]:
         elif path.suffix == ".npz":
             LossShapeHistory.load(path)
             read["snapshot_files_read"] += 1
+        elif path.suffix == ".safetensors":
+            LossTrajectory.load(path)
+            read["trajectory_files_read"] += 1
         elif path.name.startswith("events."):
             EventAccumulator(str(path)).Reload()
             read["event_files_read"] += 1
@@ -160,7 +164,8 @@ def differences(alone: Path, root: Path) -> list[str]:
         found += unequal(states[0][key], states[1][key], key)
     # The file beside the log may lack the end, where a run was killed between its last checkpoint and its end.
     histories = [state["callbacks"]["LossShapeLogger"]["history"] for state in states]
-    return found + unequal(*histories, "loss_shape")
+    trajectories = [state["callbacks"]["TrajectoryRecorder"] for state in states]
+    return found + unequal(*histories, "loss_shape") + unequal(*trajectories, "loss_trajectory")
 
 
 def unequal(a: Any, b: Any, name: str) -> list[str]:

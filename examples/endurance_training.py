@@ -23,9 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_adalfl import AdaLFLConfig, AdaLFLInit, AdaLFLMixin, LossShapeLogger
-
-SAVE_EVERY = 10
+from lightning_adalfl import AdaLFLConfig, AdaLFLInit, AdaLFLMixin, LossShapeLogger, TrajectoryRecorder
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ class Settings:
     steps: int = 60
     offline_steps: int = 40
     batches: int = 17  # of an epoch: no multiple of the checkpoints' interval
+    snapshot_every: int = 7
+    checkpoint_every: int = 10
 
 
 class Batches:
@@ -112,17 +112,24 @@ def train(root: Path, settings: Settings, *callbacks: L.Callback) -> L.Trainer:
         logger=TensorBoardLogger(root, name="logs"),
         callbacks=[
             AdaLFLInit(steps=settings.offline_steps, train_dataloader=offline, save_every=5),
-            LossShapeLogger(every_n_steps=7),
+            LossShapeLogger(every_n_steps=settings.snapshot_every),
+            TrajectoryRecorder(every_n_steps=settings.snapshot_every),
             *callbacks,
             ModelCheckpoint(
-                root / "checkpoints", "{step}", monitor="step", mode="max", save_top_k=2, every_n_train_steps=SAVE_EVERY
+                root / "checkpoints",
+                "{step}",
+                monitor="step",
+                mode="max",
+                save_top_k=2,
+                every_n_train_steps=settings.checkpoint_every,
             ),
         ],
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=5,
     )
-    module = AdaClassifier(adalfl=AdaLFLConfig(task="multiclass", meta_lr=1e-3))
+    # A window longer than the run: the loss goes on learning to the end.
+    module = AdaClassifier(adalfl=AdaLFLConfig(task="multiclass", meta_lr=1e-3, safeguard_window=10**6))
     validation = DataLoader(TensorDataset(*points(64, -2)), 32)
     trainer.fit(module, Batches(settings.batches), validation, ckpt_path=newest_checkpoint(root))
     return trainer

@@ -59,8 +59,8 @@ def header_of(path: Path) -> dict[str, Any]:
 
 def forge(path: Path, tensors: dict[str, Tensor] | None = None, **changes: Any) -> None:
     """Write the file at ``path`` again with other header entries or tensors."""
-    header = {**header_of(path), **changes}
     tensors = safetensors.torch.load(path.read_bytes()) if tensors is None else tensors
+    header = {**header_of(path), "crc32": safe_file.checksum(tensors), **changes}
     path.write_bytes(safetensors.torch.save(tensors, {"lightning_adalfl": json.dumps(header)}))
 
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_adalfl.adapter.checkpoint_entry import check_entry
 from lightning_adalfl.adapter.safeguard import Safeguard
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.hypergradient import Hypergradient
@@ -228,6 +229,7 @@ class MetaLearner(nn.Module):
         self.run = None
         if saved is None:
             return
+        check_entry(saved)
         checkpoint["state_dict"].update({f"adalfl.{name}": value for name, value in saved["state_dict"].items()})
         self.load_progress(saved["progress"])
         self.resumed = saved

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 _KEY = "lightning_adalfl"  # one entry for all of it, since safetensors keeps several in no fixed order
@@ -32,7 +34,7 @@ def write_safe_file(
         ValueError: If it would be larger than what :func:`read_safe_file` accepts.
     """
     path = Path(path)
-    header = {_KEY: json.dumps({"kind": kind, "version": version, **content})}
+    header = {_KEY: json.dumps({"kind": kind, "version": version, "crc32": checksum(tensors), **content})}
     data = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, header)
     if len(data) > _MAX_FILE_BYTES or _header_bytes(data) > _MAX_HEADER_BYTES:
         raise ValueError(f"cannot write {path}: a {kind} of {len(data):,} bytes is larger than what can be read again.")
@@ -74,6 +76,8 @@ def read_safe_file(path: str | os.PathLike[str], kind: str, version: int) -> tup
         tensors = safetensors.torch.load(data)
     except Exception as error:  # whatever safetensors and torch make of bytes that are not theirs
         raise ValueError(_corrupt(path, error)) from error
+    if content.pop("crc32", None) != checksum(tensors):
+        raise ValueError(_corrupt(path, "its checksum does not fit what it holds"))
     return content, tensors
 
 
@@ -96,6 +100,16 @@ def _bounded_bytes(path: Path) -> bytes:
     if len(data) > _MAX_FILE_BYTES:
         raise ValueError(f"cannot read {path}: it has more than {_MAX_FILE_BYTES:,} bytes; give another file.")
     return data
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """Return the CRC-32 of the tensors, where a flipped bit would not show otherwise."""
+    value = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), value)
+    return value
 
 
 def _header_bytes(data: bytes) -> int:
