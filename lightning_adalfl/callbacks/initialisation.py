@@ -23,7 +23,8 @@ class AdaLFLInit(Callback):
     """Learns the loss offline in ``on_fit_start`` (Algorithm 1; Algorithm 3 for the learning rate).
 
     Base parameters, buffers, optimizer state and random states are afterwards as if it had not run. It runs once: not
-    on a resumed run, nor in a second ``fit``. Under ``fast_dev_run`` it takes as many steps as that has batches.
+    on a resumed run, nor in a second ``fit``, nor over a loss that was given by ``initial_loss`` or is replayed. Under
+    ``fast_dev_run`` it takes as many steps as that has batches.
 
     A run that is killed meanwhile goes on where it was saved last when it is started again with the same seed, and ends
     as if it had not been stopped; SIGTERM saves and stops it at the next step. The file is ``adalfl_offline_*.pt`` in
