@@ -72,7 +72,7 @@ class AdaLFLConfig:
         safeguard: Whether training goes back to the last good φ, and then to the task loss, when the task loss on meta
             batches no longer falls or the hypergradient is not finite; see
             :class:`~lightning_adalfl.adapter.safeguard.Safeguard`.
-        safeguard_window: The meta steps that this is judged by.
+        safeguard_window: The meta steps over which the task loss is averaged for this.
         learn: ``"loss"``, ``"lr"`` (the learning rate alone: MetaLR, Algorithms 3 and 4) or ``"both"``.
         online: Whether φ goes on learning in training (Algorithm 2); ``False`` after an offline phase is ML³.
 
@@ -102,7 +102,7 @@ class AdaLFLConfig:
     min_cosine: float = 0.95
     gain_lr: float = 1e-2
     safeguard: bool = True
-    safeguard_window: int = 100
+    safeguard_window: int = 50
     learn: str = "loss"
     online: bool = True
 

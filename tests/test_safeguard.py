@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLMixin
-from lightning_adalfl.adapter.safeguard import PATIENCE, UNUSABLE, Safeguard
+from lightning_adalfl.adapter.safeguard import UNUSABLE, Safeguard
 
 LEARNED = [torch.ones(2)]
 
@@ -34,8 +34,15 @@ def test_it_stays_quiet_while_the_task_loss_falls() -> None:
 
 def test_it_trips_when_no_window_is_a_new_best() -> None:
     guard = Safeguard(window=4)
-    reasons = feed(guard, [0.5] * 4 * (PATIENCE + 1))
-    assert reasons == [f"the task loss on meta batches has not fallen for {PATIENCE * 4} meta steps"]
+    assert feed(guard, [0.5] * 11) == []  # two windows at least
+    assert feed(guard, [0.5]) == ["the task loss on meta batches has not fallen for 8 meta steps"]
+
+
+def test_it_waits_longer_the_longer_the_task_loss_has_fallen() -> None:
+    guard = Safeguard(window=4)
+    assert feed(guard, [0.5**step for step in range(80)]) == []
+    assert feed(guard, [0.5**79] * 47) == []  # the first window of these is the best, after 84 meta steps
+    assert feed(guard, [0.5**79]) == ["the task loss on meta batches has not fallen for 44 meta steps"]
 
 
 def test_it_trips_at_once_when_the_task_loss_rises() -> None:
@@ -61,11 +68,11 @@ def test_a_restored_one_goes_on_where_the_other_was() -> None:
     feed(second, values[37:])
     assert whole.level == second.level == 2
     assert whole.state_dict().keys() == second.state_dict().keys()
-    assert (whole._sum, whole._count, whole._best, whole._stale) == (
+    assert (whole._sum, whole._count, whole._best, whole._best_at) == (
         second._sum,
         second._count,
         second._best,
-        second._stale,
+        second._best_at,
     )
 
 
@@ -139,7 +146,7 @@ def test_a_run_that_diverges_without_it_does_not_with_it(tmp_path: Path) -> None
 
 
 def test_it_says_so_once_and_ends_with_the_task_loss(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="has not fallen for 10 meta steps") as caught:
+    with pytest.warns(UserWarning, match="has not fallen for 4 meta steps") as caught:
         module = fit(tmp_path, 1e-12, 60, safeguard_window=2)
     assert sum("has not fallen" in str(warning.message) for warning in caught) == 1
     assert module.adalfl.safeguard.level == 2

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-PATIENCE = 5  # windows without a new best
+PATIENCE = 0.5  # of the meta steps up to the best window: a fixed number is too long here and too short there
+LEAST = 2  # windows
 FALL = 0.99  # times the best so far is a new best
 RISE = 3.0  # times the best: the base model is running away, and the window's end is too far
 UNUSABLE = 10  # meta steps in a row
@@ -18,10 +19,10 @@ _MEMORY = 0.9  # of the running mean that a rise is judged by
 class Safeguard:
     """Judges a learned loss by the task loss on meta batches, which are held out with ``meta_data="val"``.
 
-    It trips when no window of five in a row has a mean that is 1% below the best before, when a running mean over ten
-    meta steps is three times the best, or when ten hypergradients in a row are not finite. The first time, φ goes back
-    to where it was at the best window and the gain is 1 from then on; the second time, the task loss takes over for
-    good and the meta steps end.
+    It trips when a half as many meta steps again as there were up to the best window bring no other whose mean is 1%
+    below it, when a running mean over ten meta steps is three times the best, or when ten hypergradients in a row are
+    not finite. The first time, φ goes back to where it was at the best window and the gain is 1 from then on; the
+    second time, the task loss takes over for good and the meta steps end.
 
     Args:
         window: Meta steps in a window.
@@ -34,6 +35,7 @@ class Safeguard:
     def __init__(self, window: int) -> None:
         self.window = window
         self.level = 0
+        self._steps = 0
         self.best_values: list[Tensor] | None = None
         self._begin()
 
@@ -41,7 +43,7 @@ class Safeguard:
         self._best = math.inf
         self._sum = 0.0
         self._count = 0
-        self._stale = 0
+        self._best_at = self._steps
         self._unusable = 0
         self._recent: float | None = None
         self._first: float | None = None
@@ -56,6 +58,7 @@ class Safeguard:
         """
         if self.level > 1:
             return None
+        self._steps += 1
         finite = math.isfinite(task_loss) and math.isfinite(norm)
         self._unusable = 0 if finite else self._unusable + 1
         if self._unusable == UNUSABLE:
@@ -73,14 +76,14 @@ class Safeguard:
             return None
         mean, self._sum, self._count = self._sum / self._count, 0.0, 0
         if mean < FALL * self._best:
-            self._best, self._stale = mean, 0
+            self._best, self._best_at = mean, self._steps
             if self.level == 0:
                 self.best_values = [tensor.detach().clone() for tensor in learned]
             return None
-        self._stale += 1
-        if self._stale < PATIENCE:
+        since = self._steps - self._best_at
+        if since < max(LEAST * self.window, PATIENCE * self._best_at):
             return None
-        return self._trip(f"the task loss on meta batches has not fallen for {PATIENCE * self.window} meta steps")
+        return self._trip(f"the task loss on meta batches has not fallen for {since} meta steps")
 
     def _trip(self, reason: str) -> str:
         self.level += 1
