@@ -124,9 +124,14 @@ class AdaLFLMixin(pl.LightningModule):
         """Return the module's own optimizers; φ is out of sight of ``self.parameters()`` meanwhile."""
         learner = self._modules.pop("adalfl")
         try:
-            return super().configure_optimizers()
+            optimizers = super().configure_optimizers()
         finally:
             self._modules["adalfl"] = learner
+        if optimizers is None:
+            raise MisconfigurationException(
+                "`configure_optimizers` returned no optimizer, and AdaLFL learns from the steps of one; return it."
+            )
+        return optimizers
 
     def on_fit_start(self) -> None:
         """Make the meta optimizer and the meta batches, or take them over from a checkpoint."""
