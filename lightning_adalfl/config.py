@@ -221,7 +221,7 @@ _DEFAULTS = {field.name: field.default for field in fields(AdaLFLConfig)}
 
 
 def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
+    if not isinstance(value, str) or value not in get_args(choices):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, get_args(choices)))}; got {value!r}.")
 
 

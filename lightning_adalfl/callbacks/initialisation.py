@@ -71,7 +71,7 @@ class AdaLFLInit(Callback):
                 raise ValueError(f"`{name}` must be a whole number, {least} or more; got {value!r}.")
         if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
             raise ValueError(f"`lr` must be a positive, finite number; got {lr!r}.")
-        if reset not in ("fresh", "initial"):
+        if not isinstance(reset, str) or reset not in ("fresh", "initial"):
             raise ValueError(f"`reset` must be 'fresh' or 'initial'; got {reset!r}.")
         self.steps = steps
         self.lr = lr

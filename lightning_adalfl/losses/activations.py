@@ -18,6 +18,9 @@ class SmoothLeakyReLU(nn.Module):
 
     def __init__(self, gamma: float = 0.01, beta: float = 10.0) -> None:
         super().__init__()
+        for name, value in (("gamma", gamma), ("beta", beta)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"`{name}` must be a number; got {value!r}.")
         if not 0.0 <= gamma < 1.0:
             raise ValueError(f"`gamma` must lie in [0, 1), the slope of the leak; got {gamma}.")
         if not 0.0 < beta < float("inf"):

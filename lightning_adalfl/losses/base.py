@@ -32,7 +32,7 @@ class LearnedLoss(nn.Module, ABC):
     def __init__(self, task: str, reduction: str = "mean") -> None:
         super().__init__()
         check_task(task)
-        if reduction not in get_args(Reduction):
+        if not isinstance(reduction, str) or reduction not in get_args(Reduction):
             raise ValueError(f"`reduction` must be 'mean' or 'sum'; got {reduction!r}.")
         self.task = task
         self.reduction = reduction

@@ -48,13 +48,18 @@ class LossNetwork(LearnedLoss):
         residual: bool = False,
     ) -> None:
         super().__init__(task, reduction)
-        if not hidden or min(hidden) < 1:
+        widths = hidden if isinstance(hidden, Sequence) and not isinstance(hidden, str) else ()
+        if not widths or not all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in widths):
             raise ValueError(f"`hidden` must name at least one positive layer width, such as (40, 40); got {hidden}.")
         for argument, name in (("activation", activation), ("output_activation", output_activation)):
-            if name not in ACTIVATIONS and not (argument == "output_activation" and name is None):
+            if argument == "output_activation" and name is None:
+                continue
+            if not isinstance(name, str) or name not in ACTIVATIONS:
                 raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {name!r}.")
-        if weight_init not in WEIGHT_INITS:
+        if not isinstance(weight_init, str) or weight_init not in WEIGHT_INITS:
             raise ValueError(f"`weight_init` must be one of {', '.join(map(repr, WEIGHT_INITS))}; got {weight_init!r}.")
+        if not isinstance(bias, bool):
+            raise TypeError(f"`bias` must be True or False; got {bias!r}.")
         self.hidden = tuple(hidden)
         self.activation = activation
         self.output_activation = output_activation

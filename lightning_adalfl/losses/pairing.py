@@ -13,7 +13,7 @@ TASKS: tuple[str, ...] = get_args(Task)
 
 def check_task(task: str) -> None:
     """Raise a ``ValueError`` unless ``task`` names one of the four tasks."""
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(map(repr, TASKS))}; got {task!r}.")
 
 

@@ -36,9 +36,9 @@ class TaylorLoss(LearnedLoss):
         self, task: str, order: str = "cubic", form: str = "prediction_powers", reduction: str = "mean"
     ) -> None:
         super().__init__(task, reduction)
-        if order not in get_args(Order):
+        if not isinstance(order, str) or order not in get_args(Order):
             raise ValueError(f"`order` must be 'quadratic' or 'cubic'; got {order!r}.")
-        if form not in get_args(Form):
+        if not isinstance(form, str) or form not in get_args(Form):
             raise ValueError(f"`form` must be 'target_powers' or 'prediction_powers'; got {form!r}.")
         self.order = order
         self.form = form
