@@ -75,8 +75,8 @@ def error_against_time(records: Sequence[Record], title: str) -> Figure:
     for index, method in enumerate(methods):
         runs = [record for record in records if record["method"] == method]
         for run in runs:
-            # A tuned rate costs the runs that it was chosen among.
-            before = run["seconds"] - run["curve"][-1]["seconds"] if method == "baseline_tuned" else 0.0
+            # What is left over went before: for a tuned rate, the runs with the other rates.
+            before = run["seconds"] - run["curve"][-1]["seconds"]
             shown = [(before + p["seconds"], p["test"]) for p in run["curve"] if p["test"] is not None]
             if shown:
                 label = method if run is runs[0] else None
