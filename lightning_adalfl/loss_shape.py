@@ -73,6 +73,25 @@ class LossShape:
         if self.heat_targets is not None and self.heat_predictions is not None and self.heat_loss is not None:
             _expect_shape("heat_loss", self.heat_loss, (len(self.heat_targets), len(self.heat_predictions)))
 
+    @property
+    def flatness(self) -> Tensor:
+        """The part of the grid, in [0, 1], where the loss hardly pulls: below 1% of its mean slope (section 5.6).
+
+        For classification it is that of the true class; a loss without any slope has 1.
+        """
+        slope = (self.slope[self.targets == 1] if self.task in CLASSIFICATION_TASKS else self.slope).abs()
+        return (slope <= 0.01 * slope.mean()).float().mean()
+
+    @property
+    def turn_up(self) -> Tensor:
+        """How far the loss of the true class rises again towards a certain prediction, as a part of its whole range.
+
+        More than 0 is the label smoothing of section 5.7. Classification only.
+        """
+        loss = self.loss[self.targets == 1][0]
+        span = (loss.max() - loss.min()).clamp_min(torch.finfo(loss.dtype).tiny)
+        return (loss[-1] - loss.min()) / span
+
 
 def _expect_shape(name: str, value: Tensor, shape: tuple[int, int]) -> None:
     if tuple(value.shape) != shape:

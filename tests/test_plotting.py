@@ -445,3 +445,22 @@ def test_shapes_are_frozen() -> None:
     shape: LossShape = make_history()[0]
     with pytest.raises(AttributeError, match="cannot assign"):
         shape.step = 3
+
+
+def shape_with(task: str, loss: torch.Tensor, grid: torch.Tensor) -> LossShape:
+    (slope,) = torch.gradient(loss, spacing=(grid,))
+    return LossShape(task, 0, torch.ones(1), grid, loss[None], slope[None])
+
+
+def test_flatness_is_the_part_of_the_grid_that_hardly_pulls() -> None:
+    grid = torch.linspace(0, 1, 101)
+    assert shape_with("multiclass", 1 - grid, grid).flatness == 0
+    half = shape_with("multiclass", (0.5 - grid).clamp_min(0), grid)
+    assert float(half.flatness) == pytest.approx(0.5, abs=0.02)
+    assert shape_with("multiclass", torch.zeros(101), grid).flatness == 1
+
+
+def test_turn_up_is_the_rise_towards_a_certain_prediction() -> None:
+    grid = torch.linspace(0, 1, 101)
+    assert shape_with("binary", 1 - grid, grid).turn_up == 0
+    assert float(shape_with("binary", (grid - 0.5).square(), grid).turn_up) == pytest.approx(1)

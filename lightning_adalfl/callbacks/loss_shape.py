@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_adalfl.callbacks.figure_logging import log_figure, logger_dir
+from lightning_adalfl.loss_shape import CLASSIFICATION_TASKS
 from lightning_adalfl.plotting import plot_loss_heatmap, plot_loss_shapes
 from lightning_adalfl.snapshots import LossShape, LossShapeHistory, evaluate_loss_shape
 
@@ -31,6 +32,9 @@ class LossShapeLogger(Callback):
     the log folder of the first logger (`default_root_dir` without a logger). The figure of all snapshots so far goes to
     every logger under `adalfl/loss_shape`, for regression also a heat map of the newest under `adalfl/loss_heatmap`.
     The snapshots are part of the checkpoint; a resumed run goes on with them.
+
+    The scalars `adalfl/flatness` and, for classification, `adalfl/turn_up` say how much of the newest snapshot is flat
+    (section 5.6) and how far it rises again at confident predictions (section 5.7).
 
     Drawing takes about half a second, so it is bounded: there is a figure when training starts and when it ends, and
     between these whenever the base steps have grown by half since the last figure and drawing has taken less than 2% of
@@ -138,12 +142,15 @@ class LossShapeLogger(Callback):
         adalfl: Any = pl_module.adalfl
         step, last = adalfl.base_steps, self._scheduled[-1].step
         # with accumulated gradients several batches end at one base step
-        if step // self.every_n_steps == last // self.every_n_steps:
-            return
-        self._scheduled.append(self._evaluate(pl_module))
-        self._save(trainer)
-        if self._figure_due(step):
-            self._draw(trainer)
+        if step // self.every_n_steps != last // self.every_n_steps:
+            self._scheduled.append(self._evaluate(pl_module))
+            self._save(trainer)
+            if self._figure_due(step):
+                self._draw(trainer)
+        newest = self._scheduled[-1]
+        pl_module.log("adalfl/flatness", newest.flatness, batch_size=1)
+        if newest.task in CLASSIFICATION_TASKS:
+            pl_module.log("adalfl/turn_up", newest.turn_up, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the last snapshot and draws the figure of the whole run."""
