@@ -105,7 +105,9 @@ def main() -> None:
     args = parser.parse_args()
 
     L.seed_everything(0)
-    train, val, test = (DataLoader(Sentences(n, seed), 64, shuffle=seed == 0) for seed, n in enumerate((4000, 500, 1000)))
+    train, val, test = (
+        DataLoader(Sentences(n, seed), 64, shuffle=seed == 0) for seed, n in enumerate((4000, 500, 1000))
+    )
     model = AdaTransformer(adalfl=AdaLFLConfig(task="multiclass"))
     trainer = L.Trainer(
         max_steps=args.steps,

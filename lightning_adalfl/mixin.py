@@ -223,7 +223,7 @@ class AdaLFLMixin(pl.LightningModule):
             self.log_dict(self.adalfl.run.logged, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep φ and where the meta-learning is under a key of its own: the rest is a checkpoint of the plain module."""
+        """Keep φ and the meta-learning's state under a key of their own: the rest is the plain module's checkpoint."""
         super().on_save_checkpoint(checkpoint)
         save(self, self.adalfl, checkpoint)
 

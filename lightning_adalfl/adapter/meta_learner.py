@@ -140,8 +140,8 @@ class MetaLearner(nn.Module):
         if not torch.isfinite(norm):
             self._skip(
                 "the hypergradient is not finite, and the task loss on the meta batch is "
-                f"{float(gradient.task_loss):.4g}. Look for such values in the data, lower the base learning rate, or clip "
-                "the gradient."
+                f"{float(gradient.task_loss):.4g}. Look for such values in the data, lower the base learning rate, or "
+                "clip the gradient."
             )
             return norm
         before = [p.detach().clone() for p in self.learned_parameters()]
@@ -153,13 +153,14 @@ class MetaLearner(nn.Module):
             self._bounded.clamp_gain()
             if self._learns_gain and self.safeguard is not None and self.safeguard.level:
                 self.log_gain.detach().zero_()
-        if not torch.isfinite(torch.stack(torch._foreach_norm(self.learned_parameters()))).all():
+        learned: list[Tensor] = [*self.learned_parameters()]
+        if not torch.isfinite(torch.stack(torch._foreach_norm(learned))).all():
             with torch.no_grad():
-                torch._foreach_copy_(self.learned_parameters(), before)
+                torch._foreach_copy_(learned, before)
             self._optimizer.state.clear()
             self._skip(
-                "the meta optimizer made the learned loss not finite. It is as it was before, and the optimizer begins anew; "
-                "lower `meta_lr` if it happens again."
+                "the meta optimizer made the learned loss not finite. It is as it was before, and the optimizer begins "
+                "anew; lower `meta_lr` if it happens again."
             )
             return norm
         self.meta_steps += 1
@@ -224,7 +225,7 @@ class MetaLearner(nn.Module):
         }
 
     def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put φ into the checkpoint's ``state_dict``, where it is about to be loaded from, and take over the progress."""
+        """Put φ into the checkpoint's ``state_dict``, which is about to be loaded, and take over the progress."""
         saved = checkpoint.get("adalfl")
         self.run = None
         if saved is None:

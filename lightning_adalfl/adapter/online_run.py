@@ -94,7 +94,7 @@ class OnlineRun:
     def _observe(self, learned: Tensor, predictions: Tensor, target: Tensor) -> None:
         """Note the learned loss and, where it is about to be logged, the implied learning rate (section 5.5)."""
         self.logged["adalfl/learned_loss"] = learned.detach()
-        every = self.trainer.log_every_n_steps  # zero for never, as in a bare run
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # zero for never, as in a bare run
         if "adalfl/implied_lr" in self.logged and (not every or (self.learner.base_steps + 1) % every):
             return
         scale = implied_scale(self.learner.objective, self.learner.task_loss, predictions, target)
