@@ -121,6 +121,11 @@ class AdaLFLConfig:
         _check_positive("base_fraction", self.base_fraction)
         if self.base_fraction > 1:
             raise ValueError(f"`base_fraction` must lie in (0, 1], a part of the batch; got {self.base_fraction}.")
+        if self.base_fraction < 1 and self.hypergradient == "reverse":
+            raise ValueError(
+                f"`base_fraction` must be 1 with `hypergradient='reverse'`, which differentiates whole batches; got "
+                f"{self.base_fraction}. Choose 'forward' or 'finite_difference'."
+            )
         _check_positive("gain_lr", self.gain_lr)
         _check_positive("min_cosine", self.min_cosine)
         if self.min_cosine >= 1:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from projects import Ada, loaders, trainer
 from torch import Tensor, nn
 
+from lightning_adalfl import AdaLFLConfig
 from lightning_adalfl.hypergradient import BaseStep, Hypergradient, hypergradient
 from lightning_adalfl.losses import LossNetwork
 
@@ -123,3 +126,19 @@ def test_refuses_a_batch_whose_tensors_differ_in_length(loss: LossNetwork) -> No
             predict=lambda batch: (model(batch[0]), batch[1]),
             base_fraction=0.5,
         )
+
+
+def test_the_configuration_reaches_the_meta_step(tmp_path: Path) -> None:
+    learned = []
+    for fraction in (1.0, 0.5):
+        torch.manual_seed(0)
+        model = Ada(adalfl=AdaLFLConfig("multiclass", base_fraction=fraction, meta_lr=1e-2))
+        trainer(tmp_path, max_steps=3).fit(model, *loaders())
+        learned.append(torch.cat([p.detach().flatten() for p in model.adalfl.parameters()]))
+    assert model.adalfl.meta_steps == 3
+    assert not torch.equal(*learned)
+
+
+def test_the_reference_takes_whole_batches() -> None:
+    with pytest.raises(ValueError, match=r"`base_fraction` must be 1 with `hypergradient='reverse'`.* got 0.5"):
+        AdaLFLConfig("multiclass", base_fraction=0.5, hypergradient="reverse")

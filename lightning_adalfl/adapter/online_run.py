@@ -73,7 +73,10 @@ class OnlineRun:
         return self.base_step.forward(batch)
 
     def _new_base_step(self) -> BaseStep:
-        return BaseStep(self.module, self.optimizer, self._predict, self.learner.config.hypergradient)
+        config = self.learner.config
+        return BaseStep(
+            self.module, self.optimizer, self._predict, config.hypergradient, base_fraction=config.base_fraction
+        )
 
     def skip(self) -> None:
         """Forget the batch that was predicted last: the module's training step skips it."""
