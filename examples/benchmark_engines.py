@@ -29,9 +29,9 @@ def handcrafted(model: nn.Module, loss: LossNetwork) -> Step:
     optimizer = torch.optim.SGD(model.parameters(), lr=BASE_LR)
 
     def step(batch: Batch, meta_batch: Batch) -> None:
-        optimizer.zero_grad()
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -42,9 +42,9 @@ def between(model: nn.Module, loss: LossNetwork) -> Step:
     loss.requires_grad_(False)
 
     def step(batch: Batch, meta_batch: Batch) -> None:
-        optimizer.zero_grad()
         loss(model(batch[0]), batch[1]).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -58,10 +58,10 @@ def adalfl(
     base_step = BaseStep(model, optimizer, method=method, base_fraction=base_fraction)
 
     def step(batch: Batch, meta_batch: Batch) -> None:
-        optimizer.zero_grad()
         base_step.forward(batch)
         base_step.evaluate(loss).backward()
         base_step.step()
+        optimizer.zero_grad()  # before the meta step, which can use the memory
         count = ceil(meta_fraction * len(meta_batch[0]))
         part = (meta_batch[0][:count], meta_batch[1][:count])
         gradient = hypergradient(base_step, loss, F.cross_entropy, part, log_lr=False)
@@ -78,10 +78,10 @@ def inner_loop(model: nn.Module, loss: LossNetwork, method: str, inner_steps: in
 
     def step(batch: Batch, meta_batch: Batch) -> None:
         for base_step in base_steps:
-            optimizer.zero_grad()
             base_step.forward(batch)
             base_step.evaluate(loss).backward()
             base_step.step()
+            optimizer.zero_grad()
         gradient = hypergradient(base_steps, loss, F.cross_entropy, meta_batch, log_lr=False)
         for base_step in base_steps:
             base_step.clear()

@@ -158,6 +158,9 @@ class BaseStep:
             self.snapshot = OptimizerSnapshot(self.optimizer, stepped)
         if self.method != "reverse":
             self._adjoint = optimizer_adjoint(self.optimizer, stepped, self.gradients, self.method)
+        if not self.chained and transform is None and not (self._adjoint and self._adjoint.gradients):
+            # Nothing asks for them any more: a `zero_grad` before the hypergradient gives their memory back.
+            self.gradients = []
 
     def step(self, transform: GradientTransform | None = None) -> None:
         """Take the base step, recorded."""

@@ -72,7 +72,7 @@ class _SGDAdjoint(OptimizerAdjoint):
     adaptive = False
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        super().__init__(optimizer, parameters, gradients)
+        super().__init__(optimizer, parameters, [])  # it asks for no gradient, and so holds none
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.slopes = []
         for p in self.parameters:

@@ -19,10 +19,10 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 # A result that took fewer multiplications a value is cheaper to compute again than to keep in memory ...
-KEEP_FROM_MULTIPLICATIONS = 512
-# ... unless there is little of it: of results that took at least so many a tape keeps so many bytes.
-KEEP_SOME_FROM_MULTIPLICATIONS = 64
-SOME_BYTES = 16 * 2**20
+KEEP_FROM_MULTIPLICATIONS = 768
+# ... unless the model is small: a tape takes results of so many as long as it is not larger than this.
+SMALL_FROM_MULTIPLICATIONS = 64
+SMALL_BYTES = 6 * 2**20
 
 
 class PrimalTape:
@@ -31,16 +31,17 @@ class PrimalTape:
     def __init__(self) -> None:
         self._results: list[tuple[Tensor, int] | None] = []
         self._next = 0
-        self._some_bytes = 0
+        self._bytes = 0
 
     def keep(self, result: Tensor, multiplications: int) -> None:
         """Append a result that took so many multiplications a value, if it is worth its memory."""
-        keep = multiplications >= KEEP_FROM_MULTIPLICATIONS
-        if not keep and multiplications >= KEEP_SOME_FROM_MULTIPLICATIONS:
-            size = result.numel() * result.element_size()
-            keep = self._some_bytes + size <= SOME_BYTES
-            self._some_bytes += size * keep
-        self._results.append((result.detach(), result._version) if keep else None)
+        size = self._bytes + result.numel() * result.element_size()
+        is_small = size <= SMALL_BYTES and multiplications >= SMALL_FROM_MULTIPLICATIONS
+        if is_small or multiplications >= KEEP_FROM_MULTIPLICATIONS:
+            self._bytes = size
+            self._results.append((result.detach(), result._version))
+        else:
+            self._results.append(None)
 
     def take(self) -> Tensor | None:
         """Return the next result, or ``None`` if it was not kept or was overwritten in place since."""
@@ -71,7 +72,7 @@ class RecordPrimals(TorchFunctionMode):
             self.tape.keep(result, weight.numel() // weight.shape[0])
         elif func in _AVERAGES or _is_activation(func, args, kwargs):
             # On a CPU a tanh or a pooling window takes about as long as this many multiplications; a ReLU takes none.
-            self.tape.keep(result, 1 if func in _RELUS else KEEP_SOME_FROM_MULTIPLICATIONS)
+            self.tape.keep(result, 1 if func in _RELUS else SMALL_FROM_MULTIPLICATIONS)
         return result
 
 
