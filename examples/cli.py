@@ -16,8 +16,8 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from base_models import build_model
-from datasets import Loaders, load_task, loaders
 from lightning.pytorch.cli import LightningCLI
+from tasks import Loaders, load_task, loaders
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 

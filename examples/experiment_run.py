@@ -15,8 +15,8 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from base_models import build_model
-from datasets import Loaders, Task, load_task, loaders
 from experiment_methods import TUNING_GRID, find_method
+from tasks import Loaders, Task, load_task, loaders
 from torch import Tensor
 
 from lightning_adalfl import AdaLFLMixin, LossShapeLogger
@@ -31,7 +31,7 @@ class Job:
     """What is to be run.
 
     Attributes:
-        task: A key of `datasets.TASKS`.
+        task: A key of `tasks.TASKS`.
         model: A key of `base_models.MODELS`.
         method: A key of `experiment_methods.METHODS`, or a row of an ablation.
         seed: Of the split, the initial parameters, the order of the batches and the initial loss.

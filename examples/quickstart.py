@@ -21,8 +21,8 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from base_models import build_model
-from datasets import Task, load_task, loaders
 from lightning.pytorch.loggers import TensorBoardLogger
+from tasks import Task, load_task, loaders
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLInit, AdaLFLMixin, LossShapeLogger

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from base_models import build_model
-from datasets import load_task, loaders
+from tasks import load_task, loaders
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLInit, AdaLFLMixin, LossShapeLogger
 

@@ -22,7 +22,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from base_models import build_model
-from datasets import Task, load_task, loaders
+from tasks import Task, load_task, loaders
 
 from lightning_adalfl import (
     AdaLFLConfig,

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from base_models import MODELS
-from datasets import TASKS
 from experiment_figures import draw_figures, snapshot_folder
 from experiment_methods import ABLATIONS, METHODS
 from experiment_run import Job, Record, matched_rate, run
 from experiment_tables import table
+from tasks import TASKS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from dataset_files import stacked
-from datasets import load_task, loaders
+from tasks import load_task, loaders
 
 
 def test_batches_follow_the_seed_and_nothing_else(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from dataset_files import crime_table, generator, stacked, write_cifar, write_idx, write_svhn
-from datasets import TASKS, Task, load_task
 from sklearn.utils import Bunch
+from tasks import TASKS, Task, load_task
 from torchvision.transforms import v2
 
 
