@@ -26,7 +26,7 @@ IMAGES = {"adalfl/loss_shape", "adalfl/loss_heatmap"}
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1400,1200"
+    "--disable-component-update --disable-sync --window-size=1400,3000"
 )
 
 
@@ -133,18 +133,16 @@ def test_a_browser_shows_the_figure_and_the_scalars(server: str) -> None:
     try:
         browser.get(f"{server}/#timeseries")
         # A card's heading splits its tag over two lines.
-        text = wait_until(lambda: shown(browser, "/loss_shape"), 60)
-        for tag in SCALARS | IMAGES:
-            assert tag.removeprefix("adalfl") in text, tag
+        headings = {tag.removeprefix("adalfl") for tag in SCALARS | IMAGES}
+        wait_until(lambda: all(heading in text_of(browser) for heading in headings), 90)
         widths = wait_until(lambda: image_widths(browser), 30)
         assert max(widths) > 300, "the figure was not drawn"
     finally:
         browser.quit()
 
 
-def shown(browser, tag: str) -> str | None:
-    text = browser.execute_script("return document.body.innerText")
-    return text if tag in text else None
+def text_of(browser) -> str:
+    return browser.execute_script("return document.body.innerText")
 
 
 def image_widths(browser) -> list[int]:
