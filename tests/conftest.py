@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import random
 
 import numpy as np
@@ -16,9 +15,6 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Every test starts from the same random state, whatever ran before it."""
-    # What `seed_everything` leaves behind would seed the processes that a later test starts.
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        os.environ.pop(name, None)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

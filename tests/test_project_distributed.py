@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -29,9 +30,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(Path(__file__).parent / "ddp_run.py")]
+    # What `seed_everything` left behind in another test would seed both processes alike.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
     processes = [
         subprocess.Popen(
-            [*command, str(rank), "2", str(port), str(folder), *CASES], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [*command, str(rank), "2", str(port), str(folder), *CASES],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
         )
         for rank in range(2)
     ]
