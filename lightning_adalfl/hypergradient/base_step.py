@@ -13,7 +13,8 @@ from lightning_adalfl.config import check_method
 from lightning_adalfl.hypergradient.forward_trace import ForwardTrace
 from lightning_adalfl.hypergradient.functional import FunctionalModel, Predict
 from lightning_adalfl.hypergradient.gradient_clipping import GradientTransform
-from lightning_adalfl.hypergradient.loss_slope import LossSlope, Objective
+from lightning_adalfl.hypergradient.loss_slope import Objective
+from lightning_adalfl.hypergradient.network_slope import loss_slope
 from lightning_adalfl.hypergradient.optimizer_adjoint import OptimizerAdjoint, optimizer_adjoint
 from lightning_adalfl.hypergradient.random_state import RandomState
 from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerSnapshot, check_optimizer, has_differentiable_step
@@ -124,7 +125,7 @@ class BaseStep:
             raise ValueError("`evaluate` was called without a `forward` before it; predict through this object first.")
         predictions, self._predictions = self._predictions, None
         trace = self.traces[-1]
-        trace.slope = LossSlope(loss, predictions, trace.target)
+        trace.slope = loss_slope(loss, predictions, trace.target)
         return trace.slope.at(predictions)
 
     def before_step(self, transform: GradientTransform | None = None) -> None:

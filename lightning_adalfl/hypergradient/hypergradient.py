@@ -13,7 +13,8 @@ from lightning_adalfl.hypergradient.base_sample import BaseSample
 from lightning_adalfl.hypergradient.base_step import BaseStep
 from lightning_adalfl.hypergradient.directional_derivative import finite_difference, forward_mode, moved_parameters
 from lightning_adalfl.hypergradient.forward_trace import ForwardTrace
-from lightning_adalfl.hypergradient.loss_slope import LossSlope, Objective, phi_of
+from lightning_adalfl.hypergradient.loss_slope import Objective, phi_of
+from lightning_adalfl.hypergradient.network_slope import loss_slope
 from lightning_adalfl.hypergradient.unrolled import adjoint_of_later_steps, transposed_first_step, unrolled
 
 AllReduce = Callable[[list[Tensor]], None]
@@ -150,7 +151,7 @@ def _by_phi(
             h = derivative(trace)
         slope = trace.slope
         if slope is None or not slope.holds_for(loss, phi):
-            slope = LossSlope(loss, trace.predictions, trace.target)
+            slope = loss_slope(loss, trace.predictions, trace.target)
         torch._foreach_add_(total, slope.contracted(phi, h), alpha=1.0 / step.divisor)
     return total
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -12,24 +13,25 @@ from torch.autograd.function import once_differentiable
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 
-class LossSlope:
-    """M_φ and its slope at one forward's predictions, with the graph that leads to φ.
+class LossSlope(ABC):
+    """M_φ and its slope at one forward's predictions, which are held fixed.
 
     Args:
         loss: M_φ.
-        predictions: f_θ(x); they are held fixed.
-        target: y.
+        predictions: f_θ(x).
+
+    Attributes:
+        value: M_φ, a scalar.
+        slope: m, of the shape of the predictions.
     """
 
-    def __init__(self, loss: Objective, predictions: Tensor, target: Tensor) -> None:
+    value: Tensor
+    slope: Tensor
+
+    def __init__(self, loss: Objective, predictions: Tensor) -> None:
         _map_constants(predictions)
         self.loss = loss
         self._versions = [p._version for p in phi_of(loss)]
-        with torch.enable_grad():
-            leaf = predictions.detach().requires_grad_()
-            value = loss(leaf, target)
-            (self.slope,) = torch.autograd.grad(value, leaf, create_graph=True)
-        self.value = value.detach()
 
     def at(self, predictions: Tensor) -> Tensor:
         """Return M_φ as a function of these very predictions; its backward starts from the slope and leaves φ alone."""
@@ -39,8 +41,30 @@ class LossSlope:
         """Whether this is the slope of ``loss`` as it is now."""
         return loss is self.loss and self._versions == [p._version for p in phi]
 
+    @abstractmethod
     def contracted(self, phi: list[Tensor], h: Tensor) -> list[Tensor]:
         """Return ``∂/∂φ ⟨m(φ), h⟩``: second order in the loss alone."""
+
+
+class AutogradSlope(LossSlope):
+    """For any loss: the slope with its graph, which leads to φ.
+
+    Args:
+        loss: M_φ.
+        predictions: f_θ(x).
+        target: y.
+    """
+
+    def __init__(self, loss: Objective, predictions: Tensor, target: Tensor) -> None:
+        super().__init__(loss, predictions)
+        with torch.enable_grad():
+            leaf = predictions.detach().requires_grad_()
+            value = loss(leaf, target)
+            (self.slope,) = torch.autograd.grad(value, leaf, create_graph=True)
+        self.value = value.detach()
+
+    def contracted(self, phi: list[Tensor], h: Tensor) -> list[Tensor]:
+        """Return ``∂/∂φ ⟨m(φ), h⟩`` by a second backward."""
         weight = h.to(self.slope.dtype)
         if not self.slope.requires_grad:  # a loss that is linear in f has a slope without φ
             return [torch.zeros_like(p) for p in phi]
