@@ -1,4 +1,4 @@
-"""What the benchmark trains: a base model, a learned loss and batches of noise, the same in every process."""
+"""What the benchmark trains: a base model, a learned loss and batches, the same in every process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Case:
         batch_size: Of the base batch and of the meta batch.
         model: The base model f_θ.
         loss: The learned loss M_φ.
-        batches: Noise images and labels: the time of a step does not depend on what they show.
+        batches: Images with labels, each a picture of its class with noise: something that can be learned, since
+            the hypergradient of labels at random is little more than rounding.
     """
 
     name: str
@@ -53,5 +54,7 @@ def build_case(name: str, batch_size: int | None = None) -> Case:
     size = batch_size or default
     torch.manual_seed(0)
     model, loss = build_model(name, shape, CLASSES), LossNetwork("multiclass")
-    batches = [(torch.randn(size, *shape), torch.randint(0, CLASSES, (size,))) for _ in range(4)]
+    pictures = torch.randn(CLASSES, *shape)
+    labels = [torch.randint(0, CLASSES, (size,)) for _ in range(4)]
+    batches = [(pictures[y] + torch.randn(size, *shape), y) for y in labels]
     return Case(name, size, model, loss, batches)

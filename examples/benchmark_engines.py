@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import torchopt
 from benchmark_cases import Batch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_adalfl import BaseStep, LossNetwork, hypergradient
 
@@ -127,6 +128,21 @@ def with_torchopt(model: nn.Module, loss: LossNetwork) -> Step:
     return step
 
 
+def twice_differentiable(engine: Engine) -> Engine:
+    """Let an engine that unrolls the step use plain attention: the fused kernels have no double backward."""
+
+    def build(model: nn.Module, loss: LossNetwork) -> Step:
+        step = engine(model, loss)
+
+        def with_plain_attention(batch: Batch, meta_batch: Batch) -> None:
+            with sdpa_kernel(SDPBackend.MATH):
+                step(batch, meta_batch)
+
+        return with_plain_attention
+
+    return build
+
+
 def _meta_optimizer(loss: LossNetwork) -> torch.optim.Optimizer:
     return torch.optim.Adam(loss.parameters(), lr=META_LR, fused=True)
 
@@ -141,9 +157,9 @@ ENGINES: dict[str, Engine] = {
     "handcrafted": handcrafted,
     "forward": partial(adalfl, method="forward"),
     "finite_difference": partial(adalfl, method="finite_difference"),
-    "reverse": partial(adalfl, method="reverse"),
-    "higher": with_higher,
-    "torchopt": with_torchopt,
+    "reverse": twice_differentiable(partial(adalfl, method="reverse")),
+    "higher": twice_differentiable(with_higher),
+    "torchopt": twice_differentiable(with_torchopt),
 }
 # Meta steps on a quarter of a batch: of the meta batch, of the base batch for h, of both.
 CHEAPER: dict[str, Engine] = {
