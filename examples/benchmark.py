@@ -106,7 +106,7 @@ def _timed(step: Step, batches: list[Batch], count: int) -> float:
 
 
 def measure_errors(case: Case, table: Table) -> None:
-    """Compare each hypergradient with the unrolled one, all in float32; the median over first steps on other batches."""
+    """Compare each hypergradient with the unrolled one, all in float32; the median over steps on other batches."""
     errors: dict[str, list[float]] = {engine: [] for engine in ENGINES if engine != "handcrafted"}
     for k in tqdm(range(len(case.batches) - 1), desc=f"{case.name}: errors", leave=False):
         expected = _hypergradient(case, "reverse", k)
