@@ -15,7 +15,9 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 
@@ -55,6 +57,11 @@ class Table:
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, int, str, int], Record] = {}
+
+    def write(self, path: Path | None) -> None:
+        """Write one record per row as they stand, so that a run that ends early keeps what it measured."""
+        if path is not None:
+            path.write_text(json.dumps([asdict(row) for row in self.rows.values()], indent=1))
 
     def row(self, model: str, batch: int, engine: str, meta_every: int = 1) -> Record:
         """Return a row, a new one if need be."""
@@ -155,20 +162,22 @@ def main(arguments: list[str] | None = None) -> None:
     table = Table()
     for name in args.models:
         case = build_case(name, args.batch)
-        if "time" in args.parts:
-            measure_times(case, args.repeats, table)
-        if "error" in args.parts:
-            measure_errors(case, table)
-        if "memory" in args.parts:
-            measure_memory(name, args.batch or MEMORY_BATCHES.get(name, case.batch_size), ENGINES, table)
-        if "inner" in args.parts and name == INNER_LOOP_MODEL:
-            measure_memory(name, case.batch_size, INNER_LOOPS, table)
-        if "trainer" in args.parts:
-            measure_trainer(case, args.repeats, table)
+        measures: dict[str, Callable[[], None]] = {
+            "time": partial(measure_times, case, args.repeats, table),
+            "error": partial(measure_errors, case, table),
+            "memory": partial(
+                measure_memory, name, args.batch or MEMORY_BATCHES.get(name, case.batch_size), ENGINES, table
+            ),
+            "trainer": partial(measure_trainer, case, args.repeats, table),
+        }
+        if name == INNER_LOOP_MODEL:
+            measures["inner"] = partial(measure_memory, name, case.batch_size, INNER_LOOPS, table)
+        for part, measure in measures.items():
+            if part in args.parts:
+                measure()
+                table.write(args.json)
     print(f"torch {torch.__version__}, {args.threads} threads, {platform.processor() or platform.machine()}\n")
     print(table)
-    if args.json is not None:
-        args.json.write_text(json.dumps([asdict(row) for row in table.rows.values()], indent=1))
 
 
 if __name__ == "__main__":
