@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_adalfl.arguments import positive_number, whole_number
 from lightning_adalfl.losses.base import LearnedLoss
 from lightning_adalfl.losses.pairing import check_task
 from lightning_adalfl.losses.representations import representation_of
@@ -26,6 +26,7 @@ Representation = Literal[
     "taylor_cubic_target_powers",
     "taylor_quadratic_target_powers",
 ]
+OutputActivation = Literal["smooth_leaky_relu", "relu", "softplus"]
 Learn = Literal["loss", "lr", "both"]
 MetaData = Literal["val", "train"]
 
@@ -110,15 +111,18 @@ class AdaLFLConfig:
         check_task(self.task)
         _check_choice("representation", self.representation, Representation)
         _check_choice("reduction", self.reduction, Literal["mean", "sum"])
+        _check_choice("weight_init", self.weight_init, Literal["kaiming_normal", "xavier_uniform"])
+        if self.output_activation is not None:
+            _check_choice("output_activation", self.output_activation, OutputActivation)
         _check_choice("learn", self.learn, Learn)
         _check_choice("meta_data", self.meta_data, MetaData)
         check_method(self.hypergradient)
-        _check_positive("meta_lr", self.meta_lr)
-        _check_positive("lr_meta_lr", self.lr_meta_lr)
-        _check_count("meta_every", self.meta_every)
+        positive_number("meta_lr", self.meta_lr)
+        positive_number("lr_meta_lr", self.lr_meta_lr)
+        whole_number("meta_every", self.meta_every)
         if self.meta_batch_size is not None:
-            _check_count("meta_batch_size", self.meta_batch_size)
-        _check_positive("base_fraction", self.base_fraction)
+            whole_number("meta_batch_size", self.meta_batch_size)
+        positive_number("base_fraction", self.base_fraction)
         if self.base_fraction > 1:
             raise ValueError(f"`base_fraction` must lie in (0, 1], a part of the batch; got {self.base_fraction}.")
         if self.base_fraction < 1 and self.hypergradient == "reverse":
@@ -126,15 +130,15 @@ class AdaLFLConfig:
                 f"`base_fraction` must be 1 with `hypergradient='reverse'`, which differentiates whole batches; got "
                 f"{self.base_fraction}. Choose 'forward' or 'finite_difference'."
             )
-        _check_positive("gain_lr", self.gain_lr)
-        _check_positive("min_cosine", self.min_cosine)
+        positive_number("gain_lr", self.gain_lr)
+        positive_number("min_cosine", self.min_cosine)
         if self.min_cosine >= 1:
             raise ValueError(f"`min_cosine` must lie in (0, 1), such as 0.95; got {self.min_cosine}.")
         if self.max_gain is not None:
-            _check_positive("max_gain", self.max_gain)
+            positive_number("max_gain", self.max_gain)
             if self.max_gain <= 1:
                 raise ValueError(f"`max_gain` must be more than 1, or None for no bounds; got {self.max_gain}.")
-        _check_count("safeguard_window", self.safeguard_window)
+        whole_number("safeguard_window", self.safeguard_window)
         for name in ("bias", "online", "residual", "safeguard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False; got {getattr(self, name)!r}.")
@@ -228,20 +232,6 @@ _DEFAULTS = {field.name: field.default for field in fields(AdaLFLConfig)}
 def _check_choice(name: str, value: object, choices: Any) -> None:
     if not isinstance(value, str) or value not in get_args(choices):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, get_args(choices)))}; got {value!r}.")
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` must be a number; got {value!r}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"`{name}` must be positive and finite; got {value}.")
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be a whole number; got {value!r}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be 1 or more; got {value}.")
 
 
 def _imported(path: str) -> Callable[[Tensor, Tensor], Tensor]:

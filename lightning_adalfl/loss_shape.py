@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_adalfl.arguments import finite_number, positive_number, whole_number
+
 CLASSIFICATION_TASKS = ("multiclass", "binary", "multilabel")
 TASKS = (*CLASSIFICATION_TASKS, "regression")
 
@@ -116,10 +118,14 @@ def evaluate_loss_shape(
         error_range: For regression, errors f - y are taken from -error_range to error_range.
 
     Raises:
-        ValueError: If `loss.task` is unknown or `loss.pairwise` does not keep the shape of its input.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If one is out of range, `loss.task` is unknown, or `loss.pairwise` does not keep the shape of its
+            input.
     """
     if loss.task not in TASKS:
         raise ValueError(f"loss.task={loss.task!r} is unknown; use one of {TASKS}.")
+    step, resolution = whole_number("step", step, 0), whole_number("resolution", resolution, 2)
+    targets, error_range = checked_targets(targets), positive_number("error_range", error_range)
     parameter = next(iter(loss.parameters()), None) if isinstance(loss, torch.nn.Module) else None
     like = torch.empty(0) if parameter is None else parameter.detach()
 
@@ -140,6 +146,19 @@ def evaluate_loss_shape(
     pairs = (heat_predictions.expand(_HEAT_POINTS, -1), heat_targets[:, None].expand(-1, _HEAT_POINTS))
     heat_loss, _ = _loss_and_slope(loss, *pairs, like)
     return LossShape("regression", step, target, grid, values, slope, heat_targets, heat_predictions, heat_loss)
+
+
+def checked_targets(targets: Sequence[float]) -> tuple[float, ...]:
+    """Return the targets to look at as finite numbers, one or more.
+
+    Raises:
+        TypeError: If they are no sequence of numbers.
+        ValueError: If there is none, or one is not finite.
+    """
+    if isinstance(targets, str) or not isinstance(targets, Sequence) or not targets:
+        kind = ValueError if isinstance(targets, Sequence) and not isinstance(targets, str) else TypeError
+        raise kind(f"`targets` must be a sequence of numbers, such as (0.0, 0.5, 1.0); got {targets!r}.")
+    return tuple(float(finite_number("targets", target)) for target in targets)
 
 
 def _loss_and_slope(loss: PairwiseLoss, prediction: Tensor, target: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

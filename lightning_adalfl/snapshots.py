@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_adalfl.arguments import whole_number
 from lightning_adalfl.loss_shape import LossShape, PairwiseLoss, evaluate_loss_shape
 
 __all__ = ["LossShape", "LossShapeHistory", "PairwiseLoss", "atomic_write", "evaluate_loss_shape"]
@@ -41,11 +42,7 @@ class LossShapeHistory:
     """
 
     def __init__(self, max_snapshots: int = 64) -> None:
-        if max_snapshots < 2:
-            raise ValueError(
-                f"max_snapshots={max_snapshots} leaves no room for the first and the last; give 2 or more."
-            )
-        self.max_snapshots = max_snapshots
+        self.max_snapshots = whole_number("max_snapshots", max_snapshots, 2)
         self._shapes: list[LossShape] = []
         self._indices: list[int] = []  # position of each kept snapshot among all that were ever appended
         self._count = 0

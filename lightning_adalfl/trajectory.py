@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_adalfl.arguments import whole_number
 from lightning_adalfl.losses.base import LearnedLoss
 from lightning_adalfl.losses.bounded import BoundedLoss
 from lightning_adalfl.losses.persistence import describe, rebuild
@@ -35,7 +36,8 @@ class LossTrajectory:
         task_loss_from: The base step from which the task loss alone trained, once the safeguard had given up on φ.
 
     Raises:
-        ValueError: For an argument out of range.
+        TypeError: For an argument that is no whole number.
+        ValueError: For one that is out of range.
 
     Example::
 
@@ -47,12 +49,9 @@ class LossTrajectory:
     """
 
     def __init__(self, every_n_steps: int = 100, max_snapshots: int = 128) -> None:
-        for name, value, least in (("every_n_steps", every_n_steps, 1), ("max_snapshots", max_snapshots, 2)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be a whole number, {least} or more; got {value!r}.")
-        self.max_snapshots = max_snapshots
+        self.max_snapshots = whole_number("max_snapshots", max_snapshots, 2)
         self.task_loss_from: int | None = None
-        self._interval = every_n_steps
+        self._interval = whole_number("every_n_steps", every_n_steps)
         self._description: dict[str, Any] | None = None
         self._steps: list[int] = []
         self._snapshots: list[dict[str, Tensor]] = []
@@ -225,7 +224,7 @@ class LossTrajectory:
             trajectory.load_state_dict(state)
             if not len(trajectory):
                 raise ValueError("it holds no snapshot")
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"cannot read {os.fspath(path)}: {error}; record it again.") from error
         return trajectory
 

@@ -133,7 +133,7 @@ def test_the_hypergradient_is_that_of_the_bounded_step(task: str, inner_steps: i
         ({"min_cosine": 1.0}, ValueError, r"`min_cosine` must lie in \(0, 1\)"),
         ({"min_cosine": 0.0}, ValueError, "`min_cosine` must be positive"),
         ({"gain_lr": -1.0}, ValueError, "`gain_lr` must be positive"),
-        ({"safeguard_window": 0}, ValueError, "`safeguard_window` must be 1 or more"),
+        ({"safeguard_window": 0}, ValueError, "`safeguard_window` must be a whole number, 1 or more"),
         ({"safeguard": 1}, TypeError, "`safeguard` must be True or False"),
         ({"residual": None}, TypeError, "`residual` must be True or False"),
     ],

@@ -176,5 +176,5 @@ def test_no_file_is_written_where_the_trainer_keeps_no_checkpoints(tmp_path: Pat
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "often", None])
 def test_save_every_is_checked(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"`save_every` must be a whole number, 1 or more"):
+    with pytest.raises((TypeError, ValueError), match=r"`save_every` must be a whole number, 1 or more"):
         AdaLFLInit(save_every=value)

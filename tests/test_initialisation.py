@@ -42,14 +42,14 @@ def initialise(tmp_path: Any, module: Any, *callbacks: Any, **options: Any) -> A
         ({"inner_steps": 0}, "`inner_steps` must be a whole number, 1 or more; got 0"),
         ({"imitation_steps": True}, "`imitation_steps` must be a whole number, 0 or more; got True"),
         ({"save_every": 0}, "`save_every` must be a whole number, 1 or more; got 0"),
-        ({"lr": 0}, "`lr` must be a positive, finite number; got 0"),
-        ({"lr": float("nan")}, "`lr` must be a positive, finite number; got nan"),
-        ({"lr": "1e-3"}, "`lr` must be a positive, finite number; got '1e-3'"),
+        ({"lr": 0}, "`lr` must be positive; got 0"),
+        ({"lr": float("nan")}, "`lr` must be finite; got nan"),
+        ({"lr": "1e-3"}, "`lr` must be a number; got '1e-3'"),
         ({"reset": "never"}, "`reset` must be 'fresh' or 'initial'; got 'never'"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         AdaLFLInit(**arguments)
 
 

@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_adalfl.hypergradient.bounded_slope import BoundedSlope
 from lightning_adalfl.hypergradient.loss_slope import AutogradSlope
-from lightning_adalfl.hypergradient.network_slope import NetworkSlope, loss_slope
+from lightning_adalfl.hypergradient.network_slope import NetworkSlope
+from lightning_adalfl.hypergradient.slope_choice import loss_slope
 from lightning_adalfl.losses import LossNetwork, TaylorLoss
+from lightning_adalfl.losses.bounded import BoundedLoss
+from lightning_adalfl.losses.task_losses import default_task_loss
 
 PREDICTIONS = {"multiclass": (9, 4), "binary": (9,), "multilabel": (9, 3), "regression": (9, 2)}
 
@@ -118,3 +122,22 @@ def test_a_slope_holds_until_phi_changes() -> None:
 def test_integer_predictions_are_refused_as_by_the_loss_itself() -> None:
     with pytest.raises(RuntimeError, match="floating point"):
         loss_slope(LossNetwork("regression"), torch.zeros(4, dtype=torch.int64), torch.zeros(4))
+
+
+@pytest.mark.parametrize("steep", [False, True])  # so that bounds are active
+@pytest.mark.parametrize("task", PREDICTIONS)
+def test_bounds_around_it_equal_autograd_through_them(task: str, steep: bool) -> None:
+    loss, predictions, target = drawn(task, residual=True)
+    if not steep:  # near the handcrafted loss, where no bound is active
+        with torch.no_grad():
+            loss.layers[-1].weight.mul_(1e-3)
+    bounded = BoundedLoss(loss, default_task_loss(task), 10.0, 0.95).double()
+    with torch.no_grad():
+        bounded.log_gain.fill_(0.7)
+    found, expected = loss_slope(bounded, predictions, target), AutogradSlope(bounded, predictions.clone(), target)
+    assert type(found) is BoundedSlope
+    torch.testing.assert_close(found.value, expected.value, rtol=1e-12, atol=0)
+    assert relative_error(found.slope, expected.slope) < 1e-12
+    phi, h = list(bounded.parameters()), torch.randn_like(predictions)
+    for a, b in zip(found.contracted(phi, h), expected.contracted(phi, h)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -154,7 +154,7 @@ def test_history_refuses_what_does_not_continue_it() -> None:
         history.append(evaluate_loss_shape(ScaledSquare("multiclass"), 20, resolution=5))
     with pytest.raises(ValueError, match="another task or grid"):
         history.append(evaluate_loss_shape(ScaledSquare("regression"), 20))
-    with pytest.raises(ValueError, match="max_snapshots=1 leaves no room"):
+    with pytest.raises(ValueError, match="`max_snapshots` must be a whole number, 2 or more"):
         LossShapeHistory(1)
     assert history.steps == [0, 10]
 
@@ -279,7 +279,10 @@ class Payload:
             ),
             "steps do not fit together",
         ),
-        (written(version=np.asarray(1), max_snapshots=np.asarray(1)), "max_snapshots=1 leaves no room"),
+        (
+            written(version=np.asarray(1), max_snapshots=np.asarray(1)),
+            "`max_snapshots` must be a whole number, 2 or more",
+        ),
         (written(version=np.asarray([Payload()], dtype=object)), "truncated, corrupt or no npz file"),
     ],
     ids=["text", "alien", "newer", "version as text", "missing", "uneven", "bound", "pickle"],

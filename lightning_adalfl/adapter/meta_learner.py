@@ -13,6 +13,7 @@ from lightning_adalfl.adapter.checkpoint_entry import check_entry
 from lightning_adalfl.adapter.safeguard import Safeguard
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.hypergradient import Hypergradient
+from lightning_adalfl.hypergradient.slope_choice import loss_slope
 from lightning_adalfl.losses.base import LearnedLoss
 from lightning_adalfl.losses.bounded import BoundedLoss
 from lightning_adalfl.losses.representations import build_loss
@@ -70,12 +71,10 @@ class MetaLearner(nn.Module):
         self.register_load_state_dict_pre_hook(_fill_missing)
 
     def objective(self, predictions: Tensor, target: Tensor) -> Tensor:
-        """Return what the base step descends: M_φ with φ held fixed, or the task loss."""
+        """Return what the base step descends: M_φ, whose backward leaves φ alone, or the task loss."""
         if self.loss is None or self.fell_back:
             return self.task_loss(predictions, target)
-        # Detached, so that the base backward leaves no gradient in φ.
-        phi = {name: p.detach() for name, p in self.trained.named_parameters()}
-        return torch.func.functional_call(self.trained, phi, (predictions, target))
+        return loss_slope(self.trained, predictions, target).at(predictions)
 
     @property
     def fell_back(self) -> bool:
@@ -126,7 +125,7 @@ class MetaLearner(nn.Module):
         self._optimizer = None
 
     def step(self, gradient: Hypergradient) -> Tensor:
-        """Take a meta step (Eq. 8); leave it out if the hypergradient is not finite.
+        """Take a meta step (Eq. 8); leave it out if the hypergradient or the task loss is not finite.
 
         Returns:
             The hypergradient's Euclidean norm.
@@ -137,11 +136,11 @@ class MetaLearner(nn.Module):
         if self.config.learns_lr:
             gradients.append(gradient.log_lr.sum().to(self.log_lr_scale.dtype))
         norm = torch.stack([g.float().norm() for g in gradients]).norm()
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm + gradient.task_loss):
             self._skip(
-                "the hypergradient is not finite, and the task loss on the meta batch is "
-                f"{float(gradient.task_loss):.4g}. Look for such values in the data, lower the base learning rate, or "
-                "clip the gradient."
+                f"the hypergradient is not finite, or the task loss on the meta batch, which is "
+                f"{float(gradient.task_loss):.4g}. Look for such values in the data or for an empty batch, lower the "
+                "base learning rate, or clip the gradient."
             )
             return norm
         before = [p.detach().clone() for p in self.learned_parameters()]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_adalfl.adapter.distributed import broadcast, mean_over_processes
@@ -85,6 +86,12 @@ class OnlineRun:
 
     def objective(self, predictions: Tensor, target: Tensor) -> Tensor:
         """Return what the base step descends, on what was predicted last."""
+        if not (predictions.is_floating_point() and predictions.requires_grad):
+            raise MisconfigurationException(
+                "the predictions of `adalfl_predict` must be real, floating point and depend on a parameter that is "
+                f"trained; got {predictions.dtype}, {'attached to' if predictions.requires_grad else 'detached from'} "
+                "the graph. Return raw logits or values, neither detached nor rounded."
+            )
         if self.due and self.learner.loss is not None:
             learned = self.base_step.evaluate(self.learner.trained)  # the meta step goes on from this evaluation
         else:
@@ -146,6 +153,9 @@ class OnlineRun:
             self.logged["adalfl/task_loss"] = gradient.task_loss
             self.logged["adalfl/meta_grad_norm"] = self.learner.step(gradient)
             self.learner.guard(gradient.task_loss, self.logged["adalfl/meta_grad_norm"])
+            if self.learner.fell_back:
+                # There will be no other; the last ones would be logged again and again.
+                del self.logged["adalfl/task_loss"], self.logged["adalfl/meta_grad_norm"]
             if self.learner.safeguard is not None:
                 self.logged["adalfl/safeguard"] = torch.tensor(float(self.learner.safeguard.level))
             if self.learner.skipped_meta_steps:

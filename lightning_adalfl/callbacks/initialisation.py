@@ -9,11 +9,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.nn.parameter import UninitializedParameter
 from tqdm.auto import tqdm
 
 from lightning_adalfl.adapter.imitation import imitate_task_loss
 from lightning_adalfl.adapter.meta_batches import private_train_loader
 from lightning_adalfl.adapter.offline_phase import OfflinePhase, untouched
+from lightning_adalfl.arguments import positive_number, whole_number
 from lightning_adalfl.callbacks.offline_progress import OfflineProgress
 from lightning_adalfl.callbacks.termination import termination_noted
 from lightning_adalfl.mixin import AdaLFLMixin
@@ -43,7 +45,8 @@ class AdaLFLInit(Callback):
         train_dataloader: Base batches, where they cannot be drawn from the training data, such as an IterableDataset.
         save_every: Meta steps after which progress is saved.
 
-    Raises:
+        TypeError: For a value of the wrong type.
+        ValueError: For a value out of range.
         ValueError: For a value out of range.
 
     Example::
@@ -61,25 +64,15 @@ class AdaLFLInit(Callback):
         train_dataloader: Any = None,
         save_every: int = 100,
     ) -> None:
-        for name, value, least in (
-            ("steps", steps, 0),
-            ("inner_steps", inner_steps, 1),
-            ("imitation_steps", imitation_steps, 0),
-            ("save_every", save_every, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be a whole number, {least} or more; got {value!r}.")
-        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
-            raise ValueError(f"`lr` must be a positive, finite number; got {lr!r}.")
         if not isinstance(reset, str) or reset not in ("fresh", "initial"):
             raise ValueError(f"`reset` must be 'fresh' or 'initial'; got {reset!r}.")
-        self.steps = steps
-        self.lr = lr
-        self.inner_steps = inner_steps
+        self.steps = whole_number("steps", steps, 0)
+        self.lr = positive_number("lr", lr)
+        self.inner_steps = whole_number("inner_steps", inner_steps, 1)
         self.reset = reset
-        self.imitation_steps = imitation_steps
+        self.imitation_steps = whole_number("imitation_steps", imitation_steps, 0)
         self.train_dataloader = train_dataloader
-        self.save_every = save_every
+        self.save_every = whole_number("save_every", save_every, 1)
         self._progress: OfflineProgress | None = None
         self._checkpointed = False
 
@@ -113,6 +106,12 @@ class AdaLFLInit(Callback):
         self._checkpointed = learner.initialised
         if learner.initialised:
             return
+        lazy = [name for name, p in pl_module.named_parameters() if isinstance(p, UninitializedParameter)]
+        if lazy:
+            raise MisconfigurationException(
+                f"the offline phase draws parameters afresh, and those of lazy layers have no shape yet: {lazy}. Call "
+                "the module on a batch before `fit`, or give the layers their sizes."
+            )
         with untouched(pl_module):
             loader = self.train_dataloader if self.train_dataloader is not None else private_train_loader(trainer)
             phase = OfflinePhase(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_adalfl.arguments import positive_number, whole_number
 from lightning_adalfl.callbacks.figure_logging import log_figure, logger_dir
-from lightning_adalfl.loss_shape import CLASSIFICATION_TASKS
+from lightning_adalfl.loss_shape import CLASSIFICATION_TASKS, checked_targets
 from lightning_adalfl.plotting import plot_loss_heatmap, plot_loss_shapes
 from lightning_adalfl.snapshots import LossShape, LossShapeHistory, evaluate_loss_shape
 
@@ -72,18 +72,12 @@ class LossShapeLogger(Callback):
         error_range: float = 1.0,
     ) -> None:
         super().__init__()
-        self.every_n_steps = _whole_number("every_n_steps", every_n_steps, 1)
-        self.max_snapshots = _whole_number("max_snapshots", max_snapshots, 2)
-        self.figure_every = None if figure_every is None else _whole_number("figure_every", figure_every, 1)
-        self.resolution = _whole_number("resolution", resolution, 2)
-        if isinstance(targets, str) or not isinstance(targets, Sequence):
-            raise TypeError(f"targets={targets!r} must be a sequence of numbers, such as (0.0, 0.5, 1.0).")
-        self.targets = tuple(_finite_number("targets", target) for target in targets)
-        if not self.targets:
-            raise ValueError("targets=() leaves nothing to look at; give one target or more, such as (0.0, 0.5, 1.0).")
-        self.error_range = _finite_number("error_range", error_range)
-        if self.error_range <= 0:
-            raise ValueError(f"error_range={error_range} must be positive; give the largest error to look at.")
+        self.every_n_steps = whole_number("every_n_steps", every_n_steps, 1)
+        self.max_snapshots = whole_number("max_snapshots", max_snapshots, 2)
+        self.figure_every = None if figure_every is None else whole_number("figure_every", figure_every, 1)
+        self.resolution = whole_number("resolution", resolution, 2)
+        self.targets = checked_targets(targets)
+        self.error_range = positive_number("error_range", error_range)
         self._scheduled = LossShapeHistory(max_snapshots)
         self._final: LossShape | None = None  # taken off schedule at the end; a resumed run must not see it
         self._last_figure = 0
@@ -217,19 +211,3 @@ class LossShapeLogger(Callback):
 
 def _enabled(trainer: pl.Trainer) -> bool:
     return trainer.is_global_zero and not trainer.fast_dev_run and not trainer.barebones  # type: ignore[attr-defined]
-
-
-def _whole_number(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an int; got {type(value).__name__}.")
-    if value < least:
-        raise ValueError(f"{name}={value} is too small; give {least} or more.")
-    return value
-
-
-def _finite_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} holds {value!r}; give numbers.")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} holds {value}; give finite numbers.")
-    return float(value)

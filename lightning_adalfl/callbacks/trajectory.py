@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_adalfl.adapter.meta_learner import MetaLearner
+from lightning_adalfl.arguments import whole_number
 from lightning_adalfl.callbacks.figure_logging import logger_dir
 from lightning_adalfl.mixin import AdaLFLMixin
 from lightning_adalfl.trajectory import LossTrajectory
@@ -123,8 +124,8 @@ class TrajectoryReplay(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str], steps: int | None = None) -> None:
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"`steps` must be a whole number, 1 or more, or None; got {steps!r}.")
+        if steps is not None:
+            whole_number("steps", steps)
         self.path = os.fspath(path)
         try:
             self.trajectory = LossTrajectory.load(path)

@@ -14,10 +14,10 @@ from lightning_adalfl.hypergradient.forward_trace import ForwardTrace
 from lightning_adalfl.hypergradient.functional import FunctionalModel, Predict
 from lightning_adalfl.hypergradient.gradient_clipping import GradientTransform
 from lightning_adalfl.hypergradient.loss_slope import Objective
-from lightning_adalfl.hypergradient.network_slope import loss_slope
 from lightning_adalfl.hypergradient.optimizer_adjoint import OptimizerAdjoint, optimizer_adjoint
 from lightning_adalfl.hypergradient.random_state import RandomState
 from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerSnapshot, check_optimizer, has_differentiable_step
+from lightning_adalfl.hypergradient.slope_choice import loss_slope
 from lightning_adalfl.hypergradient.tangent_rules import PrimalTape, RecordPrimals
 
 

@@ -14,7 +14,7 @@ from lightning_adalfl.hypergradient.base_step import BaseStep
 from lightning_adalfl.hypergradient.directional_derivative import finite_difference, forward_mode, moved_parameters
 from lightning_adalfl.hypergradient.forward_trace import ForwardTrace
 from lightning_adalfl.hypergradient.loss_slope import Objective, phi_of
-from lightning_adalfl.hypergradient.network_slope import loss_slope
+from lightning_adalfl.hypergradient.slope_choice import loss_slope
 from lightning_adalfl.hypergradient.unrolled import adjoint_of_later_steps, transposed_first_step, unrolled
 
 AllReduce = Callable[[list[Tensor]], None]
@@ -126,7 +126,9 @@ def _by_log_lr(step: BaseStep, vector: Sequence[Tensor]) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     dtype = torch.promote_types(a.dtype, torch.float32)
-    return torch.dot(a.flatten().to(dtype), b.flatten().to(dtype)).double()
+    a, b = a.flatten().to(dtype), b.flatten().to(dtype)
+    # torch's gradient by a complex parameter is that of both its parts.
+    return (torch.vdot(a, b).real if dtype.is_complex else torch.dot(a, b)).double()
 
 
 def _by_phi(

@@ -6,20 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_adalfl.hypergradient.loss_slope import AutogradSlope, LossSlope, Objective
+from lightning_adalfl.hypergradient.loss_slope import LossSlope
 from lightning_adalfl.losses.activations import SmoothLeakyReLU
+from lightning_adalfl.losses.base import without_autocast
 from lightning_adalfl.losses.handcrafted import handcrafted_pairwise
 from lightning_adalfl.losses.network import LossNetwork
 from lightning_adalfl.losses.pairing import to_pairs
-
-
-def loss_slope(loss: Objective, predictions: Tensor, target: Tensor) -> LossSlope:
-    """Return M_φ and its slope at ``predictions``, in the fastest way that there is for ``loss``."""
-    # Exact types, since a subclass may score pairs differently.
-    by_hand = type(loss) is LossNetwork and loss.activation == "smooth_leaky_relu" and loss.output_activation is None
-    if by_hand and predictions.is_floating_point():
-        return NetworkSlope(loss, predictions, target)  # type: ignore[arg-type]
-    return AutogradSlope(loss, predictions, target)
 
 
 class NetworkSlope(LossSlope):
@@ -42,7 +34,7 @@ class NetworkSlope(LossSlope):
         *hidden, self._last = [layer for layer in loss.layers if isinstance(layer, nn.Linear)]
         self._hidden = hidden
         self._activations = [layer for layer in loss.layers if isinstance(layer, SmoothLeakyReLU)]
-        with torch.autocast(device_type=predictions.device.type, enabled=False), torch.enable_grad():
+        with without_autocast(predictions.device), torch.enable_grad():
             self._leaf = predictions.detach().to(loss.dtype).requires_grad_()
             self._paired, paired_target = to_pairs(loss.task, self._leaf, target)
             pairs = self._paired.numel()
@@ -85,7 +77,7 @@ class NetworkSlope(LossSlope):
         h = h.to(self._leaf.dtype)
         # Softmax, sigmoid and identity have symmetric Jacobians, so that the backward gives p' = (∂p/∂f) h.
         (tangent,) = torch.autograd.grad(self._paired, self._leaf, h, retain_graph=True)
-        with torch.autocast(device_type=h.device.type, enabled=False), torch.no_grad():
+        with without_autocast(h.device), torch.no_grad():
             gradients = self._by_phi(tangent.reshape(-1, 1))
         # A bias of the last layer moves the loss and not its slope.
         return [gradients[id(p)] if id(p) in gradients else torch.zeros_like(p) for p in phi]

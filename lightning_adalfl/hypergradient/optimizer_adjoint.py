@@ -59,7 +59,8 @@ def optimizer_adjoint(
     if type(optimizer) is SGD:
         return _SGDAdjoint(optimizer, parameters, gradients)
     plain = not any(group.get("amsgrad") or group.get("maximize") for group in optimizer.param_groups)
-    if type(optimizer) in (Adam, AdamW) and plain:
+    # Adam scales the two parts of a complex number separately.
+    if type(optimizer) in (Adam, AdamW) and plain and not any(p.is_complex() for p in parameters):
         return _AdamAdjoint(optimizer, parameters, gradients)
     if has_differentiable_step(optimizer):
         return _ShadowAdjoint(optimizer, parameters, gradients)

@@ -95,6 +95,8 @@ class ReplayPrimals(TorchFunctionMode):
             return _average(func, self.tape.take(), *args, **kwargs)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -163,6 +165,12 @@ def _average(func: Callable[..., Tensor], kept: Tensor | None, input: Tensor, *o
     x, x_tangent = _unpack(input)
     primal = func(x, *options, **more) if kept is None else kept
     return primal if x_tangent is None else forward_ad.make_dual(primal, func(x_tangent, *options, **more))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``g v / ‖v‖``, whose fused kernel has no forward mode; the norm is over all dimensions but ``dim``, if not -1."""
+    others = [d for d in range(v.ndim) if d != dim]
+    return v * (g / v.square().sum(others, keepdim=True).sqrt())
 
 
 def _batch_norm(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from typing import Literal, TypeVar, get_args
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class LearnedLoss(nn.Module, ABC):
         Raises:
             ValueError: If predictions and target do not fit the task.
         """
-        with torch.autocast(device_type=predictions.device.type, enabled=False):
+        with without_autocast(predictions.device):
             # Checked before the cast, so that an integer prediction is refused and not converted.
             precision = self.dtype if predictions.is_floating_point() else predictions.dtype
             paired, paired_target = to_pairs(self.task, predictions.to(precision), target)
@@ -102,3 +103,9 @@ class LearnedLoss(nn.Module, ABC):
             ValueError: If the file is truncated, corrupt, of another kind, from a newer version, or contradicts itself.
         """
         return load_loss(cls, path)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which nothing is cast; the meta device, on which costs are counted, casts nothing anyway."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device_type=device.type, enabled=False) if available else nullcontext()

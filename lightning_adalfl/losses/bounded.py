@@ -54,6 +54,10 @@ class BoundedLoss(nn.Module):
         (tau,) = torch.autograd.grad(self.task_loss(leaf, target), leaf, create_graph=True)
         value = self.loss(leaf, target)
         (learned,) = torch.autograd.grad(value, leaf, create_graph=True)
+        return value, self.bounded(learned, tau)
+
+    def bounded(self, learned: Tensor, tau: Tensor) -> Tensor:
+        """Return ``e^γ (τ + p')`` of the slopes m and τ, which have the same shape."""
         size = tau.square().sum().clamp_min(torch.finfo(tau.dtype).tiny)
         along = (learned * tau).sum() / size
         aligned = along > 0
@@ -62,7 +66,7 @@ class BoundedLoss(nn.Module):
         limit = (1 / self.min_cosine**2 - 1) * size
         across = across * (limit / torch.maximum(length, limit)).sqrt()
         across = torch.where(aligned & torch.isfinite(length), across, 0.0)
-        return value, self.log_gain.exp() * (tau + across)
+        return self.log_gain.exp() * (tau + across)
 
     @property
     def task(self) -> str:

@@ -37,6 +37,8 @@ def to_pairs(task: str, predictions: Tensor, target: Tensor) -> tuple[Tensor, Te
     """
     if not predictions.is_floating_point():
         raise ValueError(f"`predictions` must be floating point (raw logits or values); got {predictions.dtype}.")
+    if target.is_complex():
+        raise ValueError(f"`target` must be real; got {target.dtype}. Give its two parts as two outputs.")
     if predictions.numel() == 0:
         raise ValueError(f"`predictions` must hold at least one instance; got shape {tuple(predictions.shape)}.")
     if task == "multiclass":
