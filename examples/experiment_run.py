@@ -94,21 +94,24 @@ class AdaptiveLearner(AdaLFLMixin, BaseLearner):
 
 
 class Recorder(L.Callback):
-    """Keeps the errors on validation and test data, and the implied learning rate, at evenly spaced steps."""
+    """Keeps the errors on validation and test data, and the implied learning rate, at evenly spaced steps.
+
+    Seconds are those of this process alone, which has one thread: what else the machine does is not counted.
+    """
 
     def __init__(self, task: Task, data: Loaders, steps: int) -> None:
         self.task, self.data = task, data
         self.every = max(1, steps // CURVE_POINTS)
         self.curve: list[dict[str, float | None]] = []
         self.seconds = 0.0
-        self.started = time.perf_counter()
+        self.started = time.process_time()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look, where it is time to."""
         step = trainer.global_step
         if step % self.every and step != trainer.max_steps:
             return
-        start = time.perf_counter()
+        start = time.process_time()
         metrics = trainer.callback_metrics
         rate = metrics.get("adalfl/implied_lr", torch.tensor(trainer.optimizers[0].param_groups[0]["lr"]))
         self.curve.append(
@@ -120,7 +123,7 @@ class Recorder(L.Callback):
                 "implied_lr": number(float(rate)),
             }
         )
-        self.seconds += time.perf_counter() - start  # looking is no part of learning
+        self.seconds += time.process_time() - start  # looking is no part of learning
 
 
 def paper_learning_rate(kind: str) -> float:
@@ -179,7 +182,7 @@ def run(job: Job, rate: Callable[[int], float] | None = None, snapshots: Path | 
         module = AdaptiveLearner(task, job.model, rate, adalfl=config)
         callbacks += [init] if init else []
         callbacks += [LossShapeLogger(max(1, job.steps // CURVE_POINTS))] if snapshots and config.learns_loss else []
-    recorder.started = time.perf_counter()
+    recorder.started = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few workers, and of hypergradients that are not finite: the record tells
         trainer = L.Trainer(
@@ -195,7 +198,7 @@ def run(job: Job, rate: Callable[[int], float] | None = None, snapshots: Path | 
             enable_model_summary=False,
         )
         trainer.fit(module, data.train, data.val)
-    seconds = time.perf_counter() - recorder.started - recorder.seconds
+    seconds = time.process_time() - recorder.started - recorder.seconds
     record: Record = {
         **{name: getattr(job, name) for name in ("task", "model", "method", "seed", "steps")},
         "test": recorder.curve[-1]["test"],
