@@ -92,7 +92,7 @@ CASES: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
 def replay(
     function: Function, values: list[Tensor], tangents: list[Tensor | None], tape: PrimalTape
 ) -> tuple[Tensor, Tensor]:
-    with torch.no_grad(), forward_ad.dual_level(), ReplayPrimals(tape):
+    with forward_ad.dual_level(), ReplayPrimals(tape, {}):
         duals = [v if t is None else forward_ad.make_dual(v, t) for v, t in zip(values, tangents)]
         primal, tangent = forward_ad.unpack_dual(function(*duals))
         return primal.clone(), torch.zeros_like(primal) if tangent is None else tangent.clone()
@@ -131,7 +131,7 @@ def test_a_kept_result_is_used_unless_it_was_overwritten(function: Function) -> 
     if function is not F.linear:
         kept.relu_()
     tape.rewind()
-    with forward_ad.dual_level(), ReplayPrimals(tape):
+    with forward_ad.dual_level(), ReplayPrimals(tape, {}):
         primal, _ = forward_ad.unpack_dual(F.linear(x, forward_ad.make_dual(w, torch.ones_like(w))))
         assert (primal.data_ptr() == kept.data_ptr()) == (function is F.linear)
         torch.testing.assert_close(primal, x @ w.T, rtol=1e-4, atol=1e-4)
@@ -150,3 +150,13 @@ def test_cheap_results_are_kept_up_to_a_limit() -> None:
     assert all(tape.take() is not None for _ in range(100))
     # Beyond its end, as after a forward that went another way, there is nothing.
     assert tape.take() is None
+
+
+def test_no_tangent_passes_where_the_model_forbids_gradients() -> None:
+    x, w = torch.randn(3, 4), torch.randn(2, 4)
+    with forward_ad.dual_level(), ReplayPrimals(PrimalTape(), {}):
+        dual = forward_ad.make_dual(w, torch.ones_like(w))
+        with torch.no_grad():
+            stopped = torch.sigmoid(F.linear(x, dual)) * dual.sum()
+        assert forward_ad.unpack_dual(stopped).tangent is None
+        assert forward_ad.unpack_dual(F.linear(x, dual).sum() * stopped).tangent is not None

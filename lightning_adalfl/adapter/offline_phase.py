@@ -87,6 +87,7 @@ class OfflinePhase:
                     batch,
                     all_reduce=self._reduce,
                     loss_scale=self._meta_scale.value,
+                    log_lr=self.learner.config.learns_lr,
                 )
                 if self._meta_scale.fits([*gradient.loss, gradient.log_lr]):
                     break

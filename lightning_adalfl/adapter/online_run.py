@@ -180,6 +180,7 @@ class OnlineRun:
                     batch,
                     all_reduce=self._reduce,
                     loss_scale=self._meta_scale.value,
+                    log_lr=learner.config.learns_lr,
                 )
                 if self._meta_scale.fits([*gradient.loss, gradient.log_lr]):
                     return gradient

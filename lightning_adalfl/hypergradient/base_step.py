@@ -190,6 +190,12 @@ class BaseStep:
             direction = self.transform.transposed(self.gradients, direction)
         return scale, direction
 
+    @property
+    def takes_factors(self) -> bool:
+        """Whether u is v times a number, and h is linear in it: then v may be given as factors."""
+        plain = self.transform is None and self._adjoint is not None and self._adjoint.is_number
+        return plain and self.method != "reverse" and not torch.is_autocast_enabled(self._device.type)
+
     def clear(self) -> None:
         """Forget the recorded step; the copy of θ_t stays as a buffer."""
         self.traces = []

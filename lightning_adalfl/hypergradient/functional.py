@@ -37,20 +37,28 @@ class FunctionalModel:
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor], predict: Predict) -> None:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        # A tensor may be a parameter of several modules; each module is named once, under whatever names it has.
+        names: dict[int, list[str]] = {}
+        for path, module in model.named_modules(prefix="model"):
+            for name, parameter in module.named_parameters(path, recurse=False):
+                names.setdefault(id(parameter), []).append(name)
         missing = [tuple(p.shape) for p in parameters if id(p) not in names]
         if missing:
             raise ValueError(
                 f"`optimizer` holds parameters that `model` does not own, of shapes {missing}; "
                 "build it from `model.parameters()`."
             )
-        self._names = [f"model.{names[id(parameter)]}" for parameter in parameters]
+        self._names = [names[id(parameter)] for parameter in parameters]
+        varying = {id(parameter) for parameter in parameters}
+        self._others = [p for p in model.parameters() if id(p) not in varying]
+        self._other_names = [names[id(p)] for p in self._others]
         self._predictor = _Predictor(model, predict)
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers, such as BatchNorm's running statistics, under the names that a call takes."""
         # Looked up afresh, since a module may have put another tensor in place.
-        return dict(self._predictor.named_buffers())
+        modules = self._predictor.named_modules()
+        return {name: b for path, module in modules for name, b in module.named_buffers(path, recurse=False)}
 
     def copied_buffers(self) -> dict[str, Tensor]:
         """Return copies of the buffers as they are now."""
@@ -67,7 +75,12 @@ class FunctionalModel:
             values: Values of θ by their index; parameters not named keep the model's own.
         """
         replaced = {name: buffer.clone() for name, buffer in buffers.items()}
-        replaced.update({self._names[index]: value for index, value in (values or {}).items()})
+        if values is not None:
+            # A derivative along θ alone: what else might ask for a gradient is to build no graph.
+            named = [(self._names[index], value) for index, value in values.items()]
+            named += [(names, p.detach()) for names, p in zip(self._other_names, self._others) if p.requires_grad]
+            replaced.update((name, value) for names, value in named for name in names)
         # Compiled parts know neither dual tensors nor swapped parameters: here they run as the Python that they were.
         with torch.compiler.set_stance("force_eager"):
-            return functional_call(self._predictor, replaced, (batch,))
+            # Tied weights are named above already; torch would look for them again in each call.
+            return functional_call(self._predictor, replaced, (batch,), tie_weights=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_adalfl.hypergradient.base_sample import BaseSample
 from lightning_adalfl.hypergradient.base_step import BaseStep
 from lightning_adalfl.hypergradient.directional_derivative import finite_difference, forward_mode, moved_parameters
 from lightning_adalfl.hypergradient.forward_trace import ForwardTrace
+from lightning_adalfl.hypergradient.linear_factors import FactorLinear, LinearFactors
 from lightning_adalfl.hypergradient.loss_slope import Objective, phi_of
 from lightning_adalfl.hypergradient.slope_choice import loss_slope
 from lightning_adalfl.hypergradient.unrolled import adjoint_of_later_steps, transposed_first_step, unrolled
@@ -81,7 +83,9 @@ def hypergradient(
         by_phi, by_log_lr, value = unrolled(chain, loss, phi, task_loss, meta_batch)
         return _reduced(Hypergradient(by_phi, by_log_lr if log_lr else by_log_lr[:0], value), all_reduce)
 
-    value, vector = _meta_gradient(last, task_loss, meta_batch, loss_scale)
+    # Where v is asked for by itself, it has to be formed.
+    whole = all_reduce is not None or log_lr or loss_scale != 1.0 or len(chain) > 1 or not first.takes_factors
+    value, vector, factors = _meta_gradient(last, task_loss, meta_batch, loss_scale, whole)
     if all_reduce is not None:
         all_reduce(vector)
     by_log_lr = _by_log_lr(last, vector) if log_lr else torch.zeros(0, dtype=torch.float64, device=value.device)
@@ -89,26 +93,38 @@ def hypergradient(
     if phi:
         if len(chain) > 1:
             vector, state_adjoint, total = adjoint_of_later_steps(chain[1:], loss, phi, vector)
-            scale, direction = 1.0, transposed_first_step(first, vector, state_adjoint)
+            scale, u = 1.0, transposed_first_step(first, vector, state_adjoint)
         else:
-            scale, direction = first.transposed([vector[i] for i in first.active])
-        torch._foreach_add_(total, _by_phi(first, loss, phi, direction, epsilon), alpha=scale)
+            scale, u = first.transposed([vector[i] for i in first.active])
+        torch._foreach_add_(total, _by_phi(first, loss, phi, u, factors, epsilon), alpha=scale)
     return _reduced(Hypergradient(tuple(total), by_log_lr, value), all_reduce)
 
 
 def _meta_gradient(
-    step: BaseStep, task_loss: Objective, meta_batch: Any, loss_scale: float
-) -> tuple[Tensor, list[Tensor]]:
-    """Return L_T and ``v = ∇_θ L_T(y_v, f_{θ_{t+1}}(x_v))``: one ordinary forward and backward."""
-    with torch.enable_grad():
+    step: BaseStep, task_loss: Objective, meta_batch: Any, loss_scale: float, whole: bool
+) -> tuple[Tensor, list[Tensor], dict[int, LinearFactors]]:
+    """Return L_T and ``v = ∇_θ L_T(y_v, f_{θ_{t+1}}(x_v))``: one ordinary forward and backward.
+
+    Unless v is to be ``whole``, its elements for wide linear layers are empty, and factors by their index.
+    """
+    factors: dict[int, LinearFactors] = {}
+    with torch.enable_grad(), nullcontext() if whole else FactorLinear(step.parameters) as linear:
         predictions, target = step.model(meta_batch, step.model.buffers())
         value = task_loss(predictions, target)
-        gradients = torch.autograd.grad(value * loss_scale, step.parameters, allow_unused=True)
+        if linear is None:
+            gradients = torch.autograd.grad(value * loss_scale, step.parameters, allow_unused=True)
+        else:
+            gradients, factors = linear.gradients(value)
+    vector = [_empty(p) if i in factors else g for i, (p, g) in enumerate(zip(step.parameters, gradients))]
     # A parameter that the meta batch did not use has the gradient zero.
-    vector = [torch.zeros_like(p) if g is None else g for p, g in zip(step.parameters, gradients)]
+    vector = [torch.zeros_like(p) if g is None else g for p, g in zip(step.parameters, vector)]
     if loss_scale != 1.0:
         torch._foreach_div_(vector, loss_scale)
-    return value.detach(), vector
+    return value.detach(), vector, factors
+
+
+def _empty(parameter: Tensor) -> Tensor:
+    return parameter.detach().new_empty(0)
 
 
 def _by_log_lr(step: BaseStep, vector: Sequence[Tensor]) -> Tensor:
@@ -132,18 +148,23 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_phi(
-    step: BaseStep, loss: Objective, phi: list[Tensor], direction: Sequence[Tensor], epsilon: float | None
+    step: BaseStep,
+    loss: Objective,
+    phi: list[Tensor],
+    direction: Sequence[Tensor],
+    factors: dict[int, LinearFactors],
+    epsilon: float | None,
 ) -> list[Tensor]:
     """Return ``∂/∂φ ⟨m_t(φ), J_t u⟩``, the mean over the step's forward passes."""
     before = step.values_before()
     if step.method == "finite_difference":
         default = torch.finfo(step.traces[0].predictions.dtype).eps ** 0.5
-        moved, size = moved_parameters(before, direction, default if epsilon is None else epsilon)
+        moved, size = moved_parameters(before, direction, default if epsilon is None else epsilon, factors)
 
     def derivative(trace: ForwardTrace) -> Tensor:
         if step.method == "forward":
-            return forward_mode(step.model, trace, before, direction)
-        return finite_difference(step.model, trace, moved, size)
+            return forward_mode(step.model, trace, before, direction, factors)
+        return finite_difference(step.model, trace, moved, size, factors)
 
     total = [torch.zeros_like(p) for p in phi]
     for trace in step.traces:

@@ -22,6 +22,7 @@ class OptimizerAdjoint(ABC):
 
     Attributes:
         adaptive: Whether the derivative depends on the gradient.
+        is_number: Whether it is one number times the identity.
 
     Args:
         optimizer: The base optimizer, before its step.
@@ -30,6 +31,7 @@ class OptimizerAdjoint(ABC):
     """
 
     adaptive = True
+    is_number = False
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         self.optimizer = optimizer
@@ -85,8 +87,10 @@ class _SGDAdjoint(OptimizerAdjoint):
                 slope = 1.0 + group["momentum"] * slope if group["nesterov"] else slope
             self.slopes.append(float(group["lr"]) * slope * (1.0 if group["maximize"] else -1.0))
 
+        self.is_number = len(set(self.slopes)) == 1
+
     def transposed(self, before: Sequence[Tensor], vector: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        if len(set(self.slopes)) == 1:
+        if self.is_number:
             return self.slopes[0], list(vector)
         return 1.0, list(torch._foreach_mul(list(vector), self.slopes))
 

@@ -8,7 +8,7 @@ own rules.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from lightning_adalfl.hypergradient.linear_factors import LinearFactors
 
 # A result that took fewer multiplications a value is cheaper to compute again than to keep in memory ...
 KEEP_FROM_MULTIPLICATIONS = 768
@@ -77,18 +80,31 @@ class RecordPrimals(TorchFunctionMode):
 
 
 class ReplayPrimals(TorchFunctionMode):
-    """Apply the rules of this file to dual tensors, with a tape's results as primals."""
+    """Apply the rules of this file to dual tensors, with a tape's results as primals.
 
-    def __init__(self, tape: PrimalTape) -> None:
+    Args:
+        tape: The results.
+        factors: What the tangents of weights that are not dual are the product of, by the weights' ids.
+    """
+
+    def __init__(self, tape: PrimalTape, factors: Mapping[int, LinearFactors]) -> None:
         super().__init__()
         self.tape = tape
+        self.factors = factors
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            # The model has stopped the gradient here, so that the base step did not see what follows.
+            args, kwargs = tree_map_only(Tensor, _primal, (args, kwargs))
         if func in _PRODUCTS:
-            return _product(func, self.tape.take(), *args, **kwargs)
+            return _product(func, self.tape.take(), self.factors, *args, **kwargs)
+        if self.factors:
+            # What is no linear layer here was one in the meta step's forward.
+            args = tuple(self._dual(a) for a in args)
+            kwargs = {name: self._dual(value) for name, value in kwargs.items()}
         if _is_activation(func, args, kwargs):
             return _activation(func, self.tape.take(), *args, **kwargs)
         if func in _AVERAGES:
@@ -98,6 +114,10 @@ class ReplayPrimals(TorchFunctionMode):
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _dual(self, value: Any) -> Any:
+        factors = self.factors.get(id(value))
+        return value if factors is None else forward_ad.make_dual(value, factors.product())
 
 
 _PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
@@ -117,6 +137,10 @@ def _is_activation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     return func in _ACTIVATIONS and not in_place
 
 
+def _primal(value: Tensor) -> Tensor:
+    return forward_ad.unpack_dual(value).primal
+
+
 def _unpack(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if value is None:
         return None, None
@@ -127,6 +151,7 @@ def _unpack(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 def _product(
     func: Callable[..., Tensor],
     kept: Tensor | None,
+    factors: Mapping[int, LinearFactors],
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -139,7 +164,11 @@ def _product(
     b, b_tangent = _unpack(bias)
     primal = func(x, w, b, *options, **more) if kept is None else kept
     terms = []
-    if w_tangent is not None:
+    factored = factors.get(id(weight))
+    if factored is not None and x is not None:
+        terms.append(factored.transposed_times(x, b_tangent))
+        b_tangent = None
+    elif w_tangent is not None:
         terms.append(func(x, w_tangent, b_tangent, *options, **more))
         b_tangent = None
     if x_tangent is not None:
