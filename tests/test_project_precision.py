@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from projects import (
     INERT,
@@ -22,9 +21,10 @@ from projects import (
     make,
     trainer,
 )
-from torch import nn
+from torch import Tensor
 
-from lightning_adalfl import AdaLFLInit
+from lightning_adalfl import AdaLFLInit, LossNetwork
+from lightning_adalfl.hypergradient.network_slope import NetworkSlope
 
 
 def half_mixed(init_scale: float = 2.0**10) -> dict[str, Any]:
@@ -60,30 +60,40 @@ def test_steps_are_those_of_the_plain_module(tmp_path: Any, precision: str, clip
     assert states[0]["model.0.weight"].dtype == dtype
 
 
-class LossPrecision(Callback):
-    """Keeps the precisions in which the learned loss computes."""
+@pytest.fixture
+def loss_precisions(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
+    """Keep the precisions in which the network of a learned loss computes, its slope by hand or by autograd."""
+    seen: set[torch.dtype] = set()
+    through, pairwise = NetworkSlope._through, LossNetwork.pairwise
 
-    def __init__(self) -> None:
-        self.seen: set[torch.dtype] = set()
+    def watched_through(self: Any, pairs: Tensor) -> Any:
+        result = through(self, pairs)
+        seen.update(t.dtype for t in (pairs, *result))
+        return result
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        for layer in pl_module.adalfl.loss.modules():
-            if isinstance(layer, nn.Linear):
-                layer.register_forward_hook(lambda _, inputs, output: self.seen.update({inputs[0].dtype, output.dtype}))
+    def watched_pairwise(self: Any, prediction: Tensor, target: Tensor) -> Any:
+        result = pairwise(self, prediction, target)
+        seen.update({prediction.dtype, result.dtype})
+        return result
+
+    monkeypatch.setattr(NetworkSlope, "_through", watched_through)
+    monkeypatch.setattr(LossNetwork, "pairwise", watched_pairwise)
+    return seen
 
 
 @pytest.mark.parametrize("method", ["forward", "finite_difference", "reverse"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_loss_learns_in_every_precision_and_computes_in_full(tmp_path: Any, precision: str, method: str) -> None:
+def test_the_loss_learns_in_every_precision_and_computes_in_full(
+    tmp_path: Any, precision: str, method: str, loss_precisions: set[torch.dtype]
+) -> None:
     options, dtype = options_of(precision)
-    seen = LossPrecision()
     module = make(Ada, adalfl=config(hypergradient=method))
     start = learned_tensors(module)
-    t = trainer(tmp_path, callbacks=[AdaLFLInit(steps=2), seen], gradient_clip_val=0.5, **options)
+    t = trainer(tmp_path, callbacks=[AdaLFLInit(steps=2)], gradient_clip_val=0.5, **options)
     t.fit(module, *loaders(dtype=dtype))
     assert module.adalfl.meta_steps == 12
     assert module.adalfl.skipped_meta_steps == 0
-    assert seen.seen == {dtype}
+    assert loss_precisions == {dtype}
     for name, value in learned_tensors(module).items():
         assert value.dtype == dtype
         assert torch.isfinite(value).all()
