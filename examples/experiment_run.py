@@ -112,8 +112,8 @@ class Recorder(L.Callback):
         if step % self.every and step != trainer.max_steps:
             return
         start = time.process_time()
-        metrics = trainer.callback_metrics
-        rate = metrics.get("adalfl/implied_lr", torch.tensor(trainer.optimizers[0].param_groups[0]["lr"]))
+        scalars = pl_module.adalfl.scalars if isinstance(pl_module, AdaLFLMixin) else {}
+        rate = scalars.get("adalfl/implied_lr", trainer.optimizers[0].param_groups[0]["lr"])
         self.curve.append(
             {
                 "step": step,

@@ -217,10 +217,15 @@ class AdaLFLMixin(pl.LightningModule):
         run.after_step()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the four scalars, under ``adalfl/``."""
+        """Log the scalars under ``adalfl/``: at the first step, an epoch's last, and where the loggers take them."""
         super().on_train_batch_end(outputs, batch, batch_idx)
-        if self.adalfl.run is not None and not self.trainer.barebones:
-            self.log_dict(self.adalfl.run.logged, batch_size=1)
+        run, trainer = self.adalfl.run, self.trainer
+        if run is None or trainer.barebones:
+            return
+        # Logging costs as much as a small model's step, and the loggers drop what comes in between.
+        is_end = self.adalfl.base_steps <= 1 or trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if is_end or trainer._logger_connector.should_update_logs:
+            self.log_dict(self.adalfl.scalars, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep φ and the meta-learning's state under a key of their own: the rest is the plain module's checkpoint."""

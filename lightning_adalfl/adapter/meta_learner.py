@@ -103,6 +103,11 @@ class MetaLearner(nn.Module):
         """exp(s), the factor on the base optimizer's learning rates."""
         return float(self.log_lr_scale.detach().exp()) if self.config.learns_lr and not self.fell_back else 1.0
 
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """The newest values of the scalars that are logged, by their names; for callbacks, which see them each step."""
+        return {} if self.run is None else self.run.logged
+
     def start(self, meta_lr: float, lr_meta_lr: float) -> None:
         """Make a fresh meta optimizer, with state from a checkpoint if there is one."""
         groups: list[dict[str, Any]] = []
