@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_adalfl.hypergradient.loss_slope import LossSlope, phi_of
+from lightning_adalfl.hypergradient.loss_slope import LossSlope
 from lightning_adalfl.losses.bounded import BoundedLoss
 
 
@@ -20,11 +20,10 @@ class BoundedSlope(LossSlope):
     """
 
     def __init__(self, loss: BoundedLoss, predictions: Tensor, target: Tensor, learned: LossSlope) -> None:
-        super().__init__(loss, predictions)
+        self._log_gain = loss.log_gain
+        super().__init__(loss, predictions, [p for p in (self._log_gain, *learned.phi) if p.requires_grad])
         self.value = learned.value
         self._learned = learned
-        self._phi = phi_of(loss.loss)
-        self._log_gain = loss.log_gain
         with torch.enable_grad():
             leaf = predictions.detach().to(loss.loss.dtype).requires_grad_()
             (tau,) = torch.autograd.grad(loss.task_loss(leaf, target), leaf)
@@ -36,6 +35,7 @@ class BoundedSlope(LossSlope):
         """Return ``∂/∂φ ⟨m(φ), h⟩``, for the gain as well."""
         by = [self._m, self._log_gain] if self._log_gain.requires_grad else [self._m]
         by_m, *by_gain = torch.autograd.grad(self._bounded, by, h.to(self._bounded.dtype), retain_graph=True)
-        found = dict(zip(map(id, self._phi), self._learned.contracted(self._phi, by_m)))
+        learned = self._learned
+        found = dict(zip(map(id, learned.phi), learned.contracted(learned.phi, by_m)))
         found.update(zip([id(self._log_gain)], by_gain))
         return [found[id(p)] for p in phi]

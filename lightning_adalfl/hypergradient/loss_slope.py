@@ -19,8 +19,10 @@ class LossSlope(ABC):
     Args:
         loss: M_φ.
         predictions: f_θ(x).
+        phi: φ, if it is known.
 
     Attributes:
+        phi: φ.
         value: M_φ, a scalar.
         slope: m, of the shape of the predictions.
     """
@@ -28,10 +30,11 @@ class LossSlope(ABC):
     value: Tensor
     slope: Tensor
 
-    def __init__(self, loss: Objective, predictions: Tensor) -> None:
+    def __init__(self, loss: Objective, predictions: Tensor, phi: list[Tensor] | None = None) -> None:
         _map_constants(predictions)
         self.loss = loss
-        self._versions = [p._version for p in phi_of(loss)]
+        self.phi = phi_of(loss) if phi is None else phi
+        self._versions = [p._version for p in self.phi]
 
     def at(self, predictions: Tensor) -> Tensor:
         """Return M_φ as a function of these very predictions; its backward starts from the slope and leaves φ alone."""

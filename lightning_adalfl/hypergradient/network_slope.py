@@ -11,7 +11,7 @@ from lightning_adalfl.losses.activations import SmoothLeakyReLU
 from lightning_adalfl.losses.base import without_autocast
 from lightning_adalfl.losses.handcrafted import handcrafted_pairwise
 from lightning_adalfl.losses.network import LossNetwork
-from lightning_adalfl.losses.pairing import to_pairs
+from lightning_adalfl.losses.pairing import slope_by_output, to_pairs
 
 
 class NetworkSlope(LossSlope):
@@ -30,26 +30,28 @@ class NetworkSlope(LossSlope):
     """
 
     def __init__(self, loss: LossNetwork, predictions: Tensor, target: Tensor) -> None:
-        super().__init__(loss, predictions)
-        *hidden, self._last = [layer for layer in loss.layers if isinstance(layer, nn.Linear)]
-        self._hidden = hidden
+        linear = [layer for layer in loss.layers if isinstance(layer, nn.Linear)]
+        phi = [p for layer in linear for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+        super().__init__(loss, predictions, phi)
+        *self._hidden, self._last = linear
         self._activations = [layer for layer in loss.layers if isinstance(layer, SmoothLeakyReLU)]
-        with without_autocast(predictions.device), torch.enable_grad():
-            self._leaf = predictions.detach().to(loss.dtype).requires_grad_()
-            self._paired, paired_target = to_pairs(loss.task, self._leaf, target)
+        self._task = loss.task
+        with without_autocast(predictions.device), torch.no_grad():
+            raw = predictions.detach().to(self._last.weight.dtype)
+            self._paired, paired_target = to_pairs(loss.task, raw, target)
             pairs = self._paired.numel()
             self._weight = 1.0 / (pairs if loss.reduction == "mean" else self._paired.shape[0])
-            with torch.no_grad():
-                by_paired, output = self._through(torch.stack((paired_target, self._paired), dim=-1).view(pairs, 2))
+            by_paired, output = self._through(torch.stack((paired_target, self._paired), dim=-1).view(pairs, 2))
             by_paired, output = by_paired.view_as(self._paired), output.view_as(self._paired)
             if loss.residual:
                 leaf = self._paired.detach().requires_grad_()
-                handcrafted = handcrafted_pairwise(loss.task, leaf, paired_target)
-                by_paired = by_paired + self._weight * torch.autograd.grad(handcrafted.sum(), leaf)[0]
+                with torch.enable_grad():
+                    handcrafted = handcrafted_pairwise(loss.task, leaf, paired_target)
+                    (steepness,) = torch.autograd.grad(handcrafted.sum(), leaf)
+                by_paired = by_paired + self._weight * steepness
                 output = output + handcrafted.detach()
             self.value = output.sum() * self._weight
-            (slope,) = torch.autograd.grad(self._paired, self._leaf, by_paired, retain_graph=True)
-        self.slope = slope.to(predictions.dtype)
+            self.slope = slope_by_output(loss.task, self._paired, by_paired).to(predictions.dtype)
 
     def _through(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the slope by the paired predictions, (pairs,), and the network's output, (pairs, 1)."""
@@ -60,7 +62,7 @@ class NetworkSlope(LossSlope):
             share = z.new_tensor(1.0 - activation.gamma).expand_as(z)
             ds = torch.ops.aten.softplus_backward(share, z, activation.beta, 20.0)  # 20 is torch's own threshold
             self._ds.append(ds.add_(activation.gamma))
-            self._a.append(torch.lerp(F.softplus(z, activation.beta), z, activation.gamma))
+            self._a.append(F.softplus(z, activation.beta).lerp_(z, activation.gamma))
         f = self._last.weight * self._weight
         self._f = [f]
         self._e: list[Tensor] = []
@@ -74,10 +76,8 @@ class NetworkSlope(LossSlope):
 
     def contracted(self, phi: list[Tensor], h: Tensor) -> list[Tensor]:
         """Return ``∂/∂φ ⟨m(φ), h⟩``."""
-        h = h.to(self._leaf.dtype)
-        # Softmax, sigmoid and identity have symmetric Jacobians, so that the backward gives p' = (∂p/∂f) h.
-        (tangent,) = torch.autograd.grad(self._paired, self._leaf, h, retain_graph=True)
         with without_autocast(h.device), torch.no_grad():
+            tangent = slope_by_output(self._task, self._paired, h.to(self._paired.dtype))
             gradients = self._by_phi(tangent.reshape(-1, 1))
         # A bias of the last layer moves the loss and not its slope.
         return [gradients[id(p)] if id(p) in gradients else torch.zeros_like(p) for p in phi]

@@ -56,6 +56,18 @@ def to_pairs(task: str, predictions: Tensor, target: Tensor) -> tuple[Tensor, Te
     return torch.sigmoid(predictions), target
 
 
+def slope_by_output(task: str, paired: Tensor, slope: Tensor) -> Tensor:
+    """Return the slope by the raw output of what has ``slope`` by the ``paired`` predictions of :func:`to_pairs`.
+
+    The Jacobian of the pairing is symmetric for every task, so that it passes tangents as well.
+    """
+    if task == "multiclass":
+        return torch.ops.aten._softmax_backward_data(slope, paired, 1, paired.dtype)
+    if task == "regression":
+        return slope
+    return torch.ops.aten.sigmoid_backward(slope, paired)
+
+
 def _class_indicators(logits: Tensor, target: Tensor) -> Tensor:
     """Return the targets as indicators of the shape of ``logits``, classes along dimension 1."""
     if logits.ndim < 2:
