@@ -6,19 +6,19 @@ import io
 import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_adalfl.arguments import whole_number
+from lightning_adalfl.atomic_file import atomic_write
 from lightning_adalfl.loss_shape import LossShape, PairwiseLoss, evaluate_loss_shape
 
-__all__ = ["LossShape", "LossShapeHistory", "PairwiseLoss", "atomic_write", "evaluate_loss_shape"]
+__all__ = ["LossShape", "LossShapeHistory", "PairwiseLoss", "evaluate_loss_shape"]
 
 _FORMAT_VERSION = 1
 _SHARED = ("targets", "grid", "heat_targets", "heat_predictions")  # the same in every snapshot of a history
@@ -213,18 +213,3 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return torch.equal(a, b)
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file that takes its name only once it is complete, so that a crash never leaves half of one there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # in the same folder, since a rename is atomic only within a file system; one for each process that writes there
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

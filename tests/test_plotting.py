@@ -16,10 +16,11 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor, nn
 
+from lightning_adalfl.atomic_file import atomic_write
 from lightning_adalfl.loss_shape import LossShape, evaluate_loss_shape
 from lightning_adalfl.losses import LossNetwork
 from lightning_adalfl.plotting import plot_loss_heatmap, plot_loss_shapes
-from lightning_adalfl.snapshots import LossShapeHistory, atomic_write
+from lightning_adalfl.snapshots import LossShapeHistory
 
 
 class ScaledSquare(nn.Module):

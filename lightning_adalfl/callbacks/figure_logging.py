@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorB
 from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.figure import Figure
 
-from lightning_adalfl.snapshots import atomic_write
+from lightning_adalfl.atomic_file import atomic_write
 
 
 def log_figure(logger: Logger, tag: str, figure: Figure, step: int, *, default_dir: Path | None = None) -> None:

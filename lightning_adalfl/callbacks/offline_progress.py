@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_adalfl.snapshots import atomic_write
+from lightning_adalfl.atomic_file import atomic_write
 
 _FORMAT_VERSION = 1
 _SAME = 1e-3  # relative; the first meta step of the same run differs by less, on a device that sums in any order

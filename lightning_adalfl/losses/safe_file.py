@@ -13,6 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lightning_adalfl.atomic_file import atomic_write
+
 _KEY = "lightning_adalfl"  # one entry for all of it, since safetensors keeps several in no fixed order
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_FILE_BYTES = 1 << 28
@@ -38,13 +40,8 @@ def write_safe_file(
     data = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, header)
     if len(data) > _MAX_FILE_BYTES or _header_bytes(data) > _MAX_HEADER_BYTES:
         raise ValueError(f"cannot write {path}: a {kind} of {len(data):,} bytes is larger than what can be read again.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a rename is atomic within a file system alone
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(data)
 
 
 def read_safe_file(path: str | os.PathLike[str], kind: str, version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
