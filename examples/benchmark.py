@@ -35,7 +35,7 @@ MEMORY_BATCHES = {"resnet18": 64}
 INNER_LOOP_MODEL = "allcnnc"
 # Short steps are taken several at a time, so that each begins with the caches as it left them.
 TURN_SECONDS = 0.05
-FIT_SECONDS = 1.0
+FIT_SECONDS = 4.0
 
 
 @dataclass
