@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_adalfl.adapter.safeguard import Safeguard
 
-COUNTERS = ("base_steps", "meta_steps", "skipped_meta_steps")
+COUNTERS = ("base_steps", "meta_steps", "skipped_base_steps", "skipped_meta_steps")
 
 
 def check_entry(entry: Any) -> None:

@@ -21,9 +21,6 @@ class FiniteSteps:
 
     Args:
         trainer: Whose processes decide together.
-
-    Attributes:
-        skipped: Base steps left out.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -32,7 +29,7 @@ class FiniteSteps:
         self._seen: list[Tensor] = []
         self._reported = False
         self._in_a_row = 0
-        self.skipped = 0
+        self._skipped = False
 
     def note(self, predictions: Tensor, target: Tensor) -> None:
         """Remember what a gradient will come from."""
@@ -66,9 +63,9 @@ class FiniteSteps:
             return True
         for parameter in stepped:
             parameter.grad = None
-        self.skipped += 1
         self._in_a_row += 1
-        if self.skipped == 1:
+        if not self._skipped:
+            self._skipped = True
             rank_zero_warn(
                 f"The gradient of the learned loss at base step {step} is not finite, though predictions and targets "
                 "are, so the step was left out; further ones are counted in `adalfl/skipped_base_steps`. Clip the "

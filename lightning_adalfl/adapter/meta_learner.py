@@ -36,6 +36,7 @@ class MetaLearner(nn.Module):
         log_lr_scale: s, where the base optimizer steps with α·exp(s); learned for ``learn="lr"`` and ``"both"``.
         base_steps: Base steps taken.
         meta_steps: Meta steps taken online.
+        skipped_base_steps: Base steps left out because the learned loss made their gradient not finite.
         skipped_meta_steps: Meta steps left out because the hypergradient was not finite.
         initialised: Whether φ needs no offline phase, since one has run or φ was given.
         task_loss_alone: Whether a replay has reached the step from which the task loss trained.
@@ -60,6 +61,7 @@ class MetaLearner(nn.Module):
         self.safeguard = Safeguard(config.safeguard_window) if config.safeguard else None
         self.base_steps = 0
         self.meta_steps = 0
+        self.skipped_base_steps = 0
         self.skipped_meta_steps = 0
         self.initialised = config.initial_loss is not None
         self.task_loss_alone = False
@@ -222,6 +224,7 @@ class MetaLearner(nn.Module):
         return {
             "base_steps": self.base_steps,
             "meta_steps": self.meta_steps,
+            "skipped_base_steps": self.skipped_base_steps,
             "skipped_meta_steps": self.skipped_meta_steps,
             "initialised": self.initialised,
             "meta_optimizer": state,
@@ -243,6 +246,7 @@ class MetaLearner(nn.Module):
         """Take over what :meth:`progress` returned."""
         self.base_steps = progress["base_steps"]
         self.meta_steps = progress["meta_steps"]
+        self.skipped_base_steps = progress["skipped_base_steps"]
         self.skipped_meta_steps = progress["skipped_meta_steps"]
         self.initialised = progress["initialised"]
         self._optimizer_state = progress["meta_optimizer"]

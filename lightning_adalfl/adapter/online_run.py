@@ -132,7 +132,8 @@ class OnlineRun:
         self._recorded = bool(self.base_step.traces) and self.due
         self._scale = self._loss_scale()
         if not self._finite.allow(self.base_step.parameters, self.learner.base_steps):
-            self.logged["adalfl/skipped_base_steps"] = torch.tensor(float(self._finite.skipped))
+            self.learner.skipped_base_steps += 1
+            self.logged["adalfl/skipped_base_steps"] = torch.tensor(float(self.learner.skipped_base_steps))
             self._recorded = False
             self.base_step.clear()
         if self._recorded:
