@@ -69,7 +69,7 @@ def curves(records: Sequence[Record], quantities: Sequence[str], title: str) -> 
 
 def error_against_time(records: Sequence[Record], title: str) -> Figure:
     """Draw the test error over the seconds since the start, the offline phase included, a line for each run."""
-    figure = Figure(figsize=(7.6, 4.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9.2, 4.4), dpi=110, layout="constrained")
     axes = figure.subplots()
     methods = list(dict.fromkeys(record["method"] for record in records))
     for index, method in enumerate(methods):
@@ -85,7 +85,7 @@ def error_against_time(records: Sequence[Record], title: str) -> Figure:
     axes.set(xlabel="seconds, offline phase included", ylabel=LABELS["test"], yscale="log")
     write_plain_numbers(axes)
     figure.legend(loc="outside right upper", fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    axes.set_title(title, loc="left", fontsize=11)  # over the axes, clear of the legend beside them
     return figure
 
 
