@@ -94,7 +94,7 @@ def test_the_paper_s_recipe_is_the_configuration_of_that_name() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--model.adalfl.meta_every=0", "`meta_every` must be 1 or more; got 0"),
+        ("--model.adalfl.meta_every=0", "`meta_every` must be a whole number, 1 or more; got 0"),
         ("--model.adalfl.representation=cubic", "`representation` must be one of 'network'"),
         ("--model.adalfl.meta_rate=1", r"`adalfl` has unknown fields \['meta_rate'\]"),
     ],

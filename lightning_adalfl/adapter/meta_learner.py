@@ -76,6 +76,10 @@ class MetaLearner(nn.Module):
         """Return what the base step descends: M_φ, whose backward leaves φ alone, or the task loss."""
         if self.loss is None or self.fell_back:
             return self.task_loss(predictions, target)
+        if self._bounded is None and not self.config.online:
+            # A fixed loss trains as it does in a loop of one's own, to the bit.
+            phi = {name: p.detach() for name, p in self.loss.named_parameters()}
+            return torch.func.functional_call(self.loss, phi, (predictions, target))
         return loss_slope(self.trained, predictions, target).at(predictions)
 
     @property
