@@ -67,6 +67,21 @@ class Sequences(Twice):
         return self.head(torch.tanh(self.layer(self.layer(x[:, None, :]).mean(1))))
 
 
+class Renamed(Twice):
+    """A weight and a buffer that one module has under two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Parameter(torch.randn(INPUTS, INPUTS) / INPUTS)
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("calls", self.count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        assert self.calls == self.count
+        return self.head(torch.tanh(F.linear(torch.tanh(F.linear(x, self.first)), self.second)) / self.calls)
+
+
 def frozen_bias() -> nn.Module:
     model = in_place()
     model[0].bias.requires_grad_(False)
@@ -129,6 +144,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "checkpointed": (Checkpointed, 1),
     "partly untracked": (PartlyUntracked, 1),
     "sequences": (Sequences, 0),
+    "renamed": (Renamed, 1),
     "frozen bias": (frozen_bias, 2),
     "frozen weight": (frozen_weight, 1),
 }

@@ -40,7 +40,7 @@ class FunctionalModel:
         # A tensor may be a parameter of several modules; each module is named once, under whatever names it has.
         names: dict[int, list[str]] = {}
         for path, module in model.named_modules(prefix="model"):
-            for name, parameter in module.named_parameters(path, recurse=False):
+            for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
                 names.setdefault(id(parameter), []).append(name)
         missing = [tuple(p.shape) for p in parameters if id(p) not in names]
         if missing:
@@ -58,11 +58,11 @@ class FunctionalModel:
         """Return the buffers, such as BatchNorm's running statistics, under the names that a call takes."""
         # Looked up afresh, since a module may have put another tensor in place.
         modules = self._predictor.named_modules()
-        return {name: b for path, module in modules for name, b in module.named_buffers(path, recurse=False)}
+        return {name: b for path, module in modules for name, b in module.named_buffers(path, False, False)}
 
     def copied_buffers(self) -> dict[str, Tensor]:
         """Return copies of the buffers as they are now."""
-        return {name: buffer.detach().clone() for name, buffer in self.buffers().items()}
+        return _clones(self.buffers())
 
     def __call__(
         self, batch: Any, buffers: Mapping[str, Tensor], values: Mapping[int, Tensor] | None = None
@@ -74,7 +74,7 @@ class FunctionalModel:
             buffers: The buffers to use; they are copied, so that neither they nor the model's own are updated.
             values: Values of θ by their index; parameters not named keep the model's own.
         """
-        replaced = {name: buffer.clone() for name, buffer in buffers.items()}
+        replaced = _clones(buffers)
         if values is not None:
             # A derivative along θ alone: what else might ask for a gradient is to build no graph.
             named = [(self._names[index], value) for index, value in values.items()]
@@ -84,3 +84,10 @@ class FunctionalModel:
         with torch.compiler.set_stance("force_eager"):
             # Tied weights are named above already; torch would look for them again in each call.
             return functional_call(self._predictor, replaced, (batch,), tie_weights=False)
+
+
+def _clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies; what is one tensor under several names stays one."""
+    copies = {id(tensor): tensor for tensor in tensors.values()}
+    copies = {key: tensor.detach().clone() for key, tensor in copies.items()}
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
