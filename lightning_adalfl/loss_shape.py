@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_adalfl.arguments import finite_number, positive_number, whole_number
+from lightning_adalfl.losses.base import without_autocast
 
 CLASSIFICATION_TASKS = ("multiclass", "binary", "multilabel")
 TASKS = (*CLASSIFICATION_TASKS, "regression")
@@ -155,15 +156,17 @@ def checked_targets(targets: Sequence[float]) -> tuple[float, ...]:
         TypeError: If they are no sequence of numbers.
         ValueError: If there is none, or one is not finite.
     """
-    if isinstance(targets, str) or not isinstance(targets, Sequence) or not targets:
-        kind = ValueError if isinstance(targets, Sequence) and not isinstance(targets, str) else TypeError
-        raise kind(f"`targets` must be a sequence of numbers, such as (0.0, 0.5, 1.0); got {targets!r}.")
+    message = f"`targets` must be a sequence of numbers, such as (0.0, 0.5, 1.0); got {targets!r}."
+    if isinstance(targets, str) or not isinstance(targets, Sequence):
+        raise TypeError(message)
+    if not targets:
+        raise ValueError(message)
     return tuple(float(finite_number("targets", target)) for target in targets)
 
 
 def _loss_and_slope(loss: PairwiseLoss, prediction: Tensor, target: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     # callbacks may run without gradients or under autocast; the slope needs the one and must not see the other
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(like.device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(like.device):
         prediction = prediction.to(like).contiguous().clone().requires_grad_()
         values = loss.pairwise(prediction, target.to(like).contiguous().clone())
         if values.shape != prediction.shape:
