@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adalfl.arguments import positive_number, whole_number
+from lightning_adalfl.losses.activations import ACTIVATIONS
 from lightning_adalfl.losses.base import LearnedLoss
+from lightning_adalfl.losses.network import WEIGHT_INITS
 from lightning_adalfl.losses.pairing import check_task
 from lightning_adalfl.losses.representations import representation_of
 
@@ -26,14 +28,13 @@ Representation = Literal[
     "taylor_cubic_target_powers",
     "taylor_quadratic_target_powers",
 ]
-OutputActivation = Literal["smooth_leaky_relu", "relu", "softplus"]
 Learn = Literal["loss", "lr", "both"]
 MetaData = Literal["val", "train"]
 
 
 def check_method(method: str) -> None:
     """Raise a ``ValueError`` unless ``method`` names a way to compute the hypergradient."""
-    _check_choice("hypergradient", method, Method)
+    _check_choice("hypergradient", method, get_args(Method))
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,13 @@ class AdaLFLConfig:
 
     def __post_init__(self) -> None:
         check_task(self.task)
-        _check_choice("representation", self.representation, Representation)
-        _check_choice("reduction", self.reduction, Literal["mean", "sum"])
-        _check_choice("weight_init", self.weight_init, Literal["kaiming_normal", "xavier_uniform"])
+        _check_choice("representation", self.representation, get_args(Representation))
+        _check_choice("reduction", self.reduction, ("mean", "sum"))
+        _check_choice("weight_init", self.weight_init, WEIGHT_INITS)
         if self.output_activation is not None:
-            _check_choice("output_activation", self.output_activation, OutputActivation)
-        _check_choice("learn", self.learn, Learn)
-        _check_choice("meta_data", self.meta_data, MetaData)
+            _check_choice("output_activation", self.output_activation, ACTIVATIONS)
+        _check_choice("learn", self.learn, get_args(Learn))
+        _check_choice("meta_data", self.meta_data, get_args(MetaData))
         check_method(self.hypergradient)
         positive_number("meta_lr", self.meta_lr)
         positive_number("lr_meta_lr", self.lr_meta_lr)
@@ -229,9 +230,9 @@ class AdaLFLConfig:
 _DEFAULTS = {field.name: field.default for field in fields(AdaLFLConfig)}
 
 
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if not isinstance(value, str) or value not in get_args(choices):
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, get_args(choices)))}; got {value!r}.")
+def _check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
 
 
 def _imported(path: str) -> Callable[[Tensor, Tensor], Tensor]:
