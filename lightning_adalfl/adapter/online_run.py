@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_adalfl.adapter.distributed import broadcast, mean_over_processes
 from lightning_adalfl.adapter.finite_steps import FiniteSteps
+from lightning_adalfl.adapter.freed_memory import keep_freed_memory
 from lightning_adalfl.adapter.loss_scale import LossScale
 from lightning_adalfl.adapter.meta_batches import EndlessBatches, moved_to_device
 from lightning_adalfl.adapter.meta_learner import MetaLearner
@@ -54,6 +55,7 @@ class OnlineRun:
         self._last_step: float | None = None
         self._meta_scale = LossScale(self.trainer)
         self._finite = FiniteSteps(self.trainer)
+        keep_freed_memory(module.device)
         broadcast(learner, self.trainer)
         learner.start(config.meta_lr, config.lr_meta_lr)
 

@@ -45,8 +45,8 @@ class AdaLFLInit(Callback):
         train_dataloader: Base batches, where they cannot be drawn from the training data, such as an IterableDataset.
         save_every: Meta steps after which progress is saved.
 
+    Raises:
         TypeError: For a value of the wrong type.
-        ValueError: For a value out of range.
         ValueError: For a value out of range.
 
     Example::
