@@ -74,7 +74,8 @@ class AdaLFLConfig:
         safeguard: Whether training goes back to the last good φ, and then to the task loss, when the task loss on meta
             batches no longer falls or the hypergradient is not finite; see
             :class:`~lightning_adalfl.adapter.safeguard.Safeguard`.
-        safeguard_window: The meta steps over which the task loss is averaged for this.
+        safeguard_window: The base steps over which the task loss on meta batches is averaged for this; where
+            ``meta_every`` leaves fewer than ten meta steps in them, over ten.
         learn: ``"loss"``, ``"lr"`` (the learning rate alone: MetaLR, Algorithms 3 and 4) or ``"both"``.
         online: Whether φ goes on learning in training (Algorithm 2); ``False`` after an offline phase is ML³.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLMixin
+from lightning_adalfl.adapter.meta_learner import MetaLearner
 from lightning_adalfl.adapter.safeguard import UNUSABLE, Safeguard
 
 LEARNED = [torch.ones(2)]
@@ -74,6 +75,12 @@ def test_a_restored_one_goes_on_where_the_other_was() -> None:
         second._best,
         second._best_at,
     )
+
+
+@pytest.mark.parametrize(("window", "meta_every", "meta_steps"), [(50, 1, 50), (50, 4, 12), (50, 10, 10), (2, 10, 2)])
+def test_its_window_is_in_base_steps(window: int, meta_every: int, meta_steps: int) -> None:
+    config = AdaLFLConfig("regression", safeguard_window=window, meta_every=meta_every)
+    assert MetaLearner(config).safeguard.window == meta_steps
 
 
 class Line(L.LightningModule):

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_adalfl.adapter.checkpoint_entry import check_entry
-from lightning_adalfl.adapter.safeguard import Safeguard
+from lightning_adalfl.adapter.safeguard import Safeguard, safeguard_meta_steps
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.hypergradient import Hypergradient
 from lightning_adalfl.hypergradient.slope_choice import loss_slope
@@ -58,7 +58,7 @@ class MetaLearner(nn.Module):
         self.__dict__["_bounded"] = self._bounds()
         if self._bounded is not None:
             self.log_gain = self._bounded.log_gain
-        self.safeguard = Safeguard(config.safeguard_window) if config.safeguard else None
+        self.safeguard = Safeguard(safeguard_meta_steps(config)) if config.safeguard else None
         self.base_steps = 0
         self.meta_steps = 0
         self.skipped_base_steps = 0

@@ -8,12 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_adalfl.config import AdaLFLConfig
+
 PATIENCE = 0.5  # of the meta steps up to the best window: a fixed number is too long here and too short there
 LEAST = 2  # windows
 FALL = 0.99  # times the best so far is a new best
 RISE = 3.0  # times the best: the base model is running away, and the window's end is too far
 UNUSABLE = 10  # meta steps in a row
+SAMPLES = 10  # meta steps in a window at least: the mean of fewer batches is too noisy
 _MEMORY = 0.9  # of the running mean that a rise is judged by
+
+
+def safeguard_meta_steps(config: AdaLFLConfig) -> int:
+    """Return the meta steps in a window of ``safeguard_window`` base steps; a base model overfits by the latter."""
+    window = config.safeguard_window
+    return max(window // config.meta_every, min(window, SAMPLES))
 
 
 class Safeguard:
