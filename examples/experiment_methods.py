@@ -79,12 +79,47 @@ ABLATIONS: Mapping[str, Mapping[str, Method]] = {
         "adalfl finite_difference": Method("library", {"hypergradient": "finite_difference"}),
         "adalfl online=False": Method("library", {"online": False}),
     },
+    # Not in the paper: what the library's defaults were chosen from.
+    "defaults": {
+        "baseline": METHODS["baseline"],
+        "adalfl": METHODS["adalfl"],
+        "adalfl meta_every=10": Method("library", {"meta_every": 10}),
+        "adalfl no offline phase": Method("library", init=None),
+        "adalfl reset=initial": Method("library", init={"reset": "initial"}),
+        "adalfl inner_steps=5": Method("library", init={"inner_steps": 5}),
+        "adalfl meta_lr=1e-3": Method("library", {"meta_lr": 1e-3}),
+        "adalfl min_cosine=0.8": Method("library", {"min_cosine": 0.8}),
+        "adalfl max_gain=3": Method("library", {"max_gain": 3.0}),
+        "adalfl max_gain=30": Method("library", {"max_gain": 30.0}),
+        "adalfl max_gain=None": Method("library", {"max_gain": None}),
+        "adalfl residual=False": Method("library", {"residual": False}, {"imitation_steps": 1000}),
+        "adalfl reduction=sum": Method("library", {"reduction": "sum"}),
+        "adalfl bias=True": Method("library", {"bias": True}),
+        "adalfl safeguard=False": Method("library", {"safeguard": False}),
+    },
+    # What the paper leaves open (section 2.2), by its own recipe without bounds.
+    "open_settings": {
+        "adalfl_paper": METHODS["adalfl_paper"],
+        "adalfl_paper output_activation=smooth_leaky_relu": Method("paper", {"output_activation": "smooth_leaky_relu"}),
+        "adalfl_paper output_activation=softplus": Method("paper", {"output_activation": "softplus"}),
+        "adalfl_paper bias=True": Method("paper", {"bias": True}),
+        "adalfl_paper weight_init=xavier_uniform": Method("paper", {"weight_init": "xavier_uniform"}),
+        "adalfl_paper reduction=sum": Method("paper", {"reduction": "sum"}),
+        "adalfl_paper reset=initial": Method("paper", init={"reset": "initial"}),
+        "adalfl_paper imitation_steps=1000": Method("paper", init={"imitation_steps": 1000}),
+        "adalfl_paper no offline phase": Method("paper", init=None),
+    },
+}
+
+
+ALL_METHODS: Mapping[str, Method] = {
+    **METHODS,
+    **{name: row for rows in ABLATIONS.values() for name, row in rows.items()},
 }
 
 
 def find_method(name: str) -> Method:
     """Return a method, or a row of an ablation, by its name."""
-    for methods in (METHODS, *ABLATIONS.values()):
-        if name in methods:
-            return methods[name]
-    raise ValueError(f"`name` must be one of {', '.join(map(repr, METHODS))} or a row of an ablation; got {name!r}.")
+    if name not in ALL_METHODS:
+        raise ValueError(f"`name` must be one of {', '.join(map(repr, ALL_METHODS))}; got {name!r}.")
+    return ALL_METHODS[name]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from base_models import MODELS
 from experiment_figures import draw_figures, snapshot_folder
-from experiment_methods import ABLATIONS, METHODS
+from experiment_methods import ABLATIONS, ALL_METHODS, METHODS
 from experiment_run import Job, Record, matched_rate, run
 from experiment_tables import table
 from tasks import TASKS
@@ -62,7 +62,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--model", choices=list(MODELS), required=True)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["baseline", "ml3", "metalr", "adalfl"])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(ALL_METHODS),
+        default=["baseline", "ml3", "metalr", "adalfl"],
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}, or a row of an ablation",
+    )
     parser.add_argument("--ablation", choices=list(ABLATIONS), help="instead of --methods")
     parser.add_argument("--seeds", nargs="+", type=int, default=[3], help="how many (one number), or which (several)")
     parser.add_argument("--steps", type=int, default=10_000, help="base steps")
