@@ -23,6 +23,7 @@ from experiment_methods import ABLATIONS, METHODS, find_method
 from experiment_run import Job, error, matched_rate, run
 
 ROWS = [row.split("/") for row in experiment_tables.PAPER["table1_final_test"] if "/" in row]
+RESULTS = sorted((Path(reproduce.__file__).parent / "results").glob("*.json"))
 SLOW = {"marks": pytest.mark.slow}
 
 
@@ -169,3 +170,16 @@ def test_figures_end_where_a_run_diverged(tmp_path: Path) -> None:
     ]
     assert all(file.stat().st_size > 1000 for file in files)
     assert draw_figures([], tmp_path) == []
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_the_kept_results_are_records_of_runs(path: Path) -> None:
+    records = json.loads(path.read_text())
+    keys = [reproduce.record_key(record) for record in records]
+    assert len(keys) == len(set(keys))
+    for record in records:
+        assert find_method(record["method"])
+        assert record["test"] is None or record["test"] >= 0
+        assert record["seconds"] > 0
+        assert record["command"].startswith("python examples/reproduce.py --task")
+        assert record["curve"][-1]["step"] == record["steps"]
