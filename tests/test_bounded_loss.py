@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLInit, BaseStep, LossNetwork, hypergradient
+from lightning_adalfl.adapter.meta_learner import MetaLearner
+from lightning_adalfl.hypergradient import Hypergradient
 from lightning_adalfl.losses.bounded import BoundedLoss
 from lightning_adalfl.losses.task_losses import default_task_loss
+
+EMPTY = torch.zeros(0)
 
 
 def batch(task: str, size: int = 16) -> tuple[Tensor, Tensor]:
@@ -84,6 +88,14 @@ def test_the_gain_is_clamped() -> None:
         loss.log_gain.data.fill_(value)
         loss.clamp_gain()
         assert float(loss.log_gain.detach()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("meta_every", "rate"), [(1, 0.01), (10, 0.1), (100, 0.2)])
+def test_the_gain_moves_as_fast_where_meta_steps_are_rare(meta_every: int, rate: float) -> None:
+    learner = MetaLearner(AdaLFLConfig("regression", meta_every=meta_every))
+    learner.start_online()
+    learner.step(Hypergradient(tuple(-torch.ones_like(p) for p in learner.trained.parameters()), EMPTY, EMPTY.sum()))
+    assert float(learner.log_gain.detach()) == pytest.approx(rate, rel=1e-4)
 
 
 @pytest.mark.parametrize("task", ["multiclass", "regression"])

@@ -83,6 +83,17 @@ def test_equal_seeds_learn_equal_losses_and_others_do_not(tmp_path: Any, reset: 
     assert any(not torch.equal(value, first[name]) for name, value in learned(4).items())
 
 
+def test_it_leaves_the_gain_alone(tmp_path: Any) -> None:
+    """What is best for a first step from a fresh draw is too much for a training whose rate is right."""
+    module = make(Ada, adalfl=config(online=False))
+    start = learned_tensors(module)
+    initialise(tmp_path, module, AdaLFLInit(steps=5, lr=1e-2))
+    moved = {name for name, value in learned_tensors(module).items() if not torch.equal(value, start[name])}
+    assert moved
+    assert "log_gain" not in moved
+    assert float(module.adalfl.log_gain.detach()) == 0
+
+
 def test_what_it_learns_makes_single_steps_from_fresh_parameters_better(tmp_path: Any) -> None:
     """Its own meta-objective falls: the task loss after one step from a fresh draw."""
     module = make(AdaSmooth, lr=0.1, adalfl=config(online=False, **UNBOUNDED))

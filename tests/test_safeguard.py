@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import pytest
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_adalfl import AdaLFLConfig, AdaLFLMixin
+from lightning_adalfl import AdaLFLConfig, AdaLFLInit, AdaLFLMixin
 from lightning_adalfl.adapter.meta_learner import MetaLearner
 from lightning_adalfl.adapter.safeguard import UNUSABLE, Safeguard
 
@@ -107,8 +107,11 @@ class AdaLine(AdaLFLMixin, Line):
     pass
 
 
+LineT = TypeVar("LineT", bound=Line)
+
+
 def data() -> tuple[DataLoader, DataLoader]:
-    x = torch.randn(128, 4)
+    x = torch.randn(128, 4, generator=torch.Generator().manual_seed(0))
     y = x @ torch.tensor([[1.0], [-2.0], [0.5], [3.0]])
     return DataLoader(TensorDataset(x[:64], y[:64]), 32), DataLoader(TensorDataset(x[64:], y[64:]), 32)
 
@@ -117,10 +120,15 @@ def fit(tmp_path: Path, lr: float, steps: int, start: float = 0.0, **options: An
     module = AdaLine(lr, adalfl=AdaLFLConfig("regression", **options))
     if start:
         module.adalfl.log_gain.data.fill_(math.log(start))
+    return train(tmp_path, module, steps)
+
+
+def train(tmp_path: Path, module: LineT, steps: int, *callbacks: L.Callback) -> LineT:
     trainer = L.Trainer(
         max_steps=steps,
         accelerator="cpu",
         default_root_dir=tmp_path,
+        callbacks=list(callbacks),
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -135,8 +143,19 @@ def fit(tmp_path: Path, lr: float, steps: int, start: float = 0.0, **options: An
 
 
 @torch.no_grad()
-def error(module: AdaLine) -> float:
+def error(module: Line) -> float:
     return float(sum(F.mse_loss(module(x), y) for x, y in data()[1]) / 2)
+
+
+@pytest.mark.parametrize("lr", [0.003, 0.03, 0.3])
+@pytest.mark.parametrize("offline", [False, True])
+def test_training_with_it_is_no_worse_at_any_rate(tmp_path: Path, lr: float, offline: bool) -> None:
+    """From far too low to where the ten times that the gain may reach diverge."""
+    torch.manual_seed(0)
+    plain = train(tmp_path, Line(lr), 100)
+    torch.manual_seed(0)
+    learned = train(tmp_path, AdaLine(lr, adalfl=AdaLFLConfig("regression")), 100, *[AdaLFLInit(steps=20)] * offline)
+    assert error(learned) <= 1.02 * error(plain) + 1e-6
 
 
 def test_a_run_that_diverges_without_it_does_not_with_it(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from lightning_adalfl.adapter.online_run import OnlineRun
 
 
+LONGEST_GAIN_STEP = 0.2  # of the gain's logarithm
+
+
 class MetaLearner(nn.Module):
     """What is meta-learned, and how.
 
@@ -114,11 +117,11 @@ class MetaLearner(nn.Module):
         """The newest values of the scalars that are logged, by their names; for callbacks, which see them each step."""
         return {} if self.run is None else self.run.logged
 
-    def start(self, meta_lr: float, lr_meta_lr: float) -> None:
-        """Make a fresh meta optimizer, with state from a checkpoint if there is one."""
+    def start(self, meta_lr: float, lr_meta_lr: float, gain_lr: float) -> None:
+        """Make a fresh meta optimizer with these learning rates, and state from a checkpoint if there is one."""
         groups: list[dict[str, Any]] = []
         if self._learns_gain:
-            groups.append({"params": [self.log_gain], "lr": self.config.gain_lr})
+            groups.append({"params": [self.log_gain], "lr": gain_lr})
         if self.loss is not None:
             groups.append({"params": list(self.loss.parameters()), "lr": meta_lr})
         if self.config.learns_lr:
@@ -127,6 +130,13 @@ class MetaLearner(nn.Module):
         if self._optimizer_state is not None:
             self._optimizer.load_state_dict(self._optimizer_state)
             self._optimizer_state = None
+
+    def start_online(self) -> None:
+        """Make the meta optimizer of training."""
+        config = self.config
+        # A rate for each base step: meta steps that are rarer take longer ones, as far as they are not too coarse.
+        gain_lr = max(config.gain_lr, min(config.gain_lr * config.meta_every, LONGEST_GAIN_STEP))
+        self.start(config.meta_lr, config.lr_meta_lr, gain_lr)
 
     def stop(self, forget: bool = False) -> None:
         """Drop the run and the meta optimizer, whose state is kept for a later fit unless it is to ``forget``."""
@@ -210,7 +220,7 @@ class MetaLearner(nn.Module):
             parameter.copy_(torch.nan_to_num(value))
         if self._learns_gain:
             self.log_gain.zero_()
-        self.start(self.config.meta_lr, self.config.lr_meta_lr)
+        self.start_online()
 
     def learned_parameters(self) -> list[nn.Parameter]:
         """Return φ, with the gain and s where they are learned, in the order of a hypergradient."""

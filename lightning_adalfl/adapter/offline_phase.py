@@ -69,7 +69,8 @@ class OfflinePhase:
         self._reduce = mean_over_processes(self.trainer)
         self._base_scale, self._meta_scale = LossScale(self.trainer), LossScale(self.trainer)
         broadcast(self.learner, self.trainer)
-        self._meta_rates = (lr, lr)
+        # The gain that is best for a first step from fresh parameters ruins a model whose learning rate is right.
+        self._meta_rates = (lr, lr, 0.0)
         self.learner.start(*self._meta_rates)
 
     def step(self) -> float:

@@ -57,7 +57,7 @@ class OnlineRun:
         self._finite = FiniteSteps(self.trainer)
         keep_freed_memory(module.device)
         broadcast(learner, self.trainer)
-        learner.start(config.meta_lr, config.lr_meta_lr)
+        learner.start_online()
 
     @property
     def due(self) -> bool:
