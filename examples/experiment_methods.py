@@ -21,11 +21,13 @@ class Method:
         recipe: ``"handcrafted"``, ``"library"`` (the library's defaults) or ``"paper"`` (the paper's own recipe).
         config: Fields of `AdaLFLConfig` that differ from the recipe's.
         init: Arguments of `AdaLFLInit` that differ from the recipe's; ``None`` for no offline phase.
+        rate_factor: On the paper's learning rate.
     """
 
     recipe: str
     config: Mapping[str, Any] = field(default_factory=dict)
     init: Mapping[str, Any] | None = field(default_factory=dict)
+    rate_factor: float = 1.0
 
     def build(self, kind: str, init_steps: int | None = None) -> tuple[AdaLFLConfig, AdaLFLInit | None]:
         """Return the configuration and the offline phase for a task of that kind.
@@ -77,6 +79,16 @@ ABLATIONS: Mapping[str, Mapping[str, Method]] = {
         "adalfl meta_every=100": Method("library", {"meta_every": 100}, None),
         "adalfl finite_difference": Method("library", {"hypergradient": "finite_difference"}, None),
         "ml3": METHODS["ml3"],
+    },
+    # Not in the paper: whether the learned loss harms where the learning rate has been chosen well.
+    "rates": {
+        f"{name} rate x{factor}": replace(method, rate_factor=factor)
+        for factor in (3, 10, 30)
+        for name, method in {
+            "baseline": METHODS["baseline"],
+            "adalfl": METHODS["adalfl"],
+            "adalfl meta_every=10": Method("library", {"meta_every": 10}, None),
+        }.items()
     },
     # Not in the paper: what the library's defaults were chosen from.
     "defaults": {

@@ -169,10 +169,10 @@ def run(job: Job, rate: Callable[[int], float] | None = None, snapshots: Path | 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     task = load_task(job.task, Path(job.data), job.seed)
     data = loaders(task, job.batch_size, job.seed)
-    alpha = paper_learning_rate(task.kind)
+    method, init = find_method(job.method), None
+    alpha = method.rate_factor * paper_learning_rate(task.kind)
     rate = rate or (lambda step: alpha)
     torch.manual_seed(job.seed)  # the base model is drawn first, so every method begins with the same one
-    method, init = find_method(job.method), None
     recorder = Recorder(task, data, job.steps)
     callbacks: list[L.Callback] = [recorder]
     if method.recipe == "handcrafted":

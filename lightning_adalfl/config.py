@@ -70,7 +70,8 @@ class AdaLFLConfig:
             [1, ``max_gain``]; see :class:`~lightning_adalfl.losses.bounded.BoundedLoss`. ``None``, as in the paper,
             takes the slope as it is, and ``min_cosine`` and ``gain_lr`` have no part.
         min_cosine: In (0, 1): where the angle between the two slopes has a smaller cosine, it is brought back to that.
-        gain_lr: The learning rate of the logarithm of the gain, offline and online.
+        gain_lr: The learning rate of the logarithm of the gain, for each base step: with ``meta_every=k`` a meta step
+            has k times as much, up to 0.2.
         safeguard: Whether training goes back to the last good φ, and then to the task loss, when the task loss on meta
             batches no longer falls or the hypergradient is not finite; see
             :class:`~lightning_adalfl.adapter.safeguard.Safeguard`.

@@ -35,8 +35,8 @@ class AdaLFLInit(Callback):
 
     Args:
         steps: S_init, the meta steps; 0 for none.
-        lr: η, the learning rate of φ meanwhile. By default it is so small that hardly more than the gain is learned: a
-            shape that is best for single steps from fresh parameters is not that for a whole training.
+        lr: η, the learning rate of φ meanwhile. By default it is small: a shape that is best for single steps from
+            fresh parameters is not that for a whole training. The gain of the bounds is not learned, for that reason.
         inner_steps: S_inner, the base steps before each meta step.
         reset: The base parameters before each meta step: ``"fresh"``, a new random draw by the submodules'
             ``reset_parameters``, or ``"initial"``, those that training will begin with.
