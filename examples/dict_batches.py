@@ -101,7 +101,7 @@ def main() -> None:
     """Train and test."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--init-steps", type=int, default=100)
+    parser.add_argument("--init-steps", type=int, default=0, help="meta steps of an offline phase")
     args = parser.parse_args()
 
     L.seed_everything(0)

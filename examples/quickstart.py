@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--data", choices=["mnist5k", "mnist"], default="mnist5k")
     parser.add_argument("--root", type=Path, default=Path("data"), help="where --data mnist is kept")
     parser.add_argument("--max-steps", type=int, default=1500, help="base steps of each run")
-    parser.add_argument("--init-steps", type=int, default=300, help="meta steps of the offline phase")
+    parser.add_argument("--init-steps", type=int, default=0, help="meta steps of an offline phase")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-dir", type=Path, default=Path("lightning_logs/quickstart"))
     args = parser.parse_args()
@@ -138,7 +138,8 @@ def main() -> None:
     for row in rows:
         print(f"{row['name']:30} {row['rate']:13g} {row['test']:11.4f} {row['seconds']:8.1f}")
     print(f"\nThe tuned rate is the best of {', '.join(map(str, TUNED_RATES))} on the validation digits.")
-    print(f"AdaLFL's seconds include {args.init_steps} offline meta steps.")
+    if args.init_steps:
+        print(f"AdaLFL's seconds include {args.init_steps} offline meta steps.")
     figure = Path(rows[-1]["log"]) / "loss_shape.png"
     plot_loss_shapes(LossShapeHistory.load(figure.with_suffix(".npz"))).savefig(figure)
     print(f"The learned loss over time: {figure}")

@@ -4,8 +4,8 @@ python examples/replay.py                                   # Fashion-MNIST, LeN
 python examples/replay.py --replay-model mlp --seeds 1 2 3  # another model, several seeds
 
 Every method starts from the same parameters and sees the same batches for a seed: the handcrafted loss, the same at the
-learning rate times the gain that the schedule begins with, AdaLFL with an offline phase of its own, the recorded
-schedule, and two frozen losses, the first and the last of that schedule.
+learning rate times the largest gain of the schedule, AdaLFL itself, the recorded schedule, and two frozen losses, that of
+the largest gain and the last of that schedule.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=["library", "paper"], default="library")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--max-steps", type=int, default=2000, help="base steps of each run")
-    parser.add_argument("--init-steps", type=int, default=500, help="meta steps of the offline phase")
+    parser.add_argument("--init-steps", type=int, default=0, help="meta steps of an offline phase")
     parser.add_argument("--record-seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds to replay on")
     parser.add_argument("--log-dir", type=Path, default=Path("lightning_logs/replay"))
@@ -132,15 +132,16 @@ def main() -> None:
     replaying = AdaLFLConfig.from_dict({**config.to_dict(), "online": False})
     replay_model = args.replay_model or args.model
 
-    def init() -> AdaLFLInit:
-        return AdaLFLInit(steps=args.init_steps)
+    def init() -> list[L.Callback]:
+        return [AdaLFLInit(steps=args.init_steps)] if args.init_steps else []
 
     recorder = TrajectoryRecorder()
-    recorded = train(task, args.model, args.record_seed, args, [init(), recorder], args.lr, adalfl=config)
+    recorded = train(task, args.model, args.record_seed, args, [*init(), recorder], args.lr, adalfl=config)
     print(f"recorded on seed {args.record_seed}: {recorded}", flush=True)
     path = args.log_dir / "loss_trajectory.safetensors"
     trajectory = LossTrajectory.load(path)
-    first = frozen(trajectory, trajectory.steps[0], args.log_dir / "first.safetensors")
+    peak_step = max(trajectory.steps, key=trajectory.gain_at)
+    peak = frozen(trajectory, peak_step, args.log_dir / "peak.safetensors")
     last = frozen(trajectory, trajectory.steps[-1], args.log_dir / "last.safetensors")
 
     rows: list[dict[str, Any]] = []
@@ -148,13 +149,13 @@ def main() -> None:
         runs: dict[str, tuple[list[L.Callback], dict[str, Any]]] = {
             "handcrafted": ([], {}),
             "matched rate": ([], {}),
-            "AdaLFL": ([init()], {"adalfl": config}),
+            "AdaLFL": (init(), {"adalfl": config}),
             "replay": ([TrajectoryReplay(path, steps=args.max_steps)], {"adalfl": replaying}),
-            "frozen first": ([TrajectoryReplay(first)], {"adalfl": replaying}),
+            "frozen peak": ([TrajectoryReplay(peak)], {"adalfl": replaying}),
             "frozen last": ([TrajectoryReplay(last)], {"adalfl": replaying}),
         }
         for name, (callbacks, options) in runs.items():
-            rate = args.lr * trajectory.gain_at(trajectory.steps[0]) if name == "matched rate" else args.lr
+            rate = args.lr * trajectory.gain_at(peak_step) if name == "matched rate" else args.lr
             row = train(task, replay_model, seed, args, callbacks, rate, **options)
             rows.append({"loss": name, "seed": seed, "lr": rate, **row})
             print(rows[-1], flush=True)

@@ -26,8 +26,6 @@ def short(tmp_path: Path, name: str) -> str:
     values = yaml.safe_load((CONFIGS / name).read_text())
     values["trainer"] |= {"max_steps": 6, "default_root_dir": str(tmp_path)}
     for callback in values["trainer"]["callbacks"]:
-        if callback["class_path"].endswith("AdaLFLInit"):
-            callback["init_args"]["steps"] = 2
         if callback["class_path"].endswith("ModelCheckpoint"):
             callback["init_args"]["every_n_train_steps"] = 3
     path = tmp_path / name
@@ -52,6 +50,7 @@ def run(*arguments: str) -> Any:
 def test_fit_from_yaml_then_test_and_load_the_checkpoint(tmp_path: Path) -> None:
     config = short(tmp_path, "mnist5k.yaml")
     options = ["--model.adalfl.meta_every=2", "--model.adalfl.task_loss=torch.nn.functional.cross_entropy"]
+    options += ["--trainer.callbacks+=lightning_adalfl.AdaLFLInit", "--trainer.callbacks.steps=2"]
     fitted = run("fit", "--config", config, *options)
     learner = fitted.model.adalfl
     assert (learner.base_steps, learner.meta_steps, learner.initialised) == (6, 3, True)

@@ -32,7 +32,7 @@ def test_it_records_replays_and_keeps_the_numbers(
     monkeypatch.setattr("sys.argv", ["replay.py", *options, "--recipe", recipe])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     kept = json.loads((tmp_path / "kept" / "replay.json").read_text())
-    names = ["handcrafted", "matched rate", "AdaLFL", "replay", "frozen first", "frozen last"]
+    names = ["handcrafted", "matched rate", "AdaLFL", "replay", "frozen peak", "frozen last"]
     assert [(run["loss"], run["seed"]) for run in kept["runs"]] == [(name, seed) for seed in (1, 2) for name in names]
     assert all(0 < run["test_error"] < 1 for run in kept["runs"])
     assert list(kept["gain"]) == ["0", "4"]
