@@ -4,8 +4,8 @@ python examples/replay.py                                   # Fashion-MNIST, LeN
 python examples/replay.py --replay-model mlp --seeds 1 2 3  # another model, several seeds
 
 Every method starts from the same parameters and sees the same batches for a seed: the handcrafted loss, the same at the
-learning rate times the largest gain of the schedule, AdaLFL itself, the recorded schedule, and two frozen losses, that of
-the largest gain and the last of that schedule.
+learning rate times the largest gain of the schedule, AdaLFL itself, the recorded schedule, and two frozen losses of it,
+with the largest gain and the last.
 """
 
 from __future__ import annotations
