@@ -50,8 +50,8 @@ def test_every_row_of_table_1_runs(task: str, model: str, data: Path, monkeypatc
     if task == "cifar100":
         rmtree(data / "made")  # of CIFAR-10
         write_cifar(data, monkeypatch, classes=100, count=1000)
-    record = run(Job(task, model, "adalfl", 0, 1, str(data), init_steps=1, batch_size=2))
-    assert record["method"] == "adalfl"
+    record = run(Job(task, model, "adalfl_paper", 0, 1, str(data), init_steps=1, batch_size=2))
+    assert record["method"] == "adalfl_paper"
     assert math.isfinite(record["test"])
     assert record["init_steps"] == 1
 
