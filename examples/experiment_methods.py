@@ -55,6 +55,7 @@ METHODS: Mapping[str, Method] = {
     "taylor_quadratic_target_powers": Method("paper", {"representation": "taylor_quadratic_target_powers"}, None),
     "taylor_cubic_target_powers": Method("paper", {"representation": "taylor_cubic_target_powers"}, None),
     "adalfl": Method("library", init=None),
+    "adalfl meta_every=10": Method("library", {"meta_every": 10}, None),
     "adalfl_paper": Method("paper"),
     "both": Method("paper", {"learn": "both"}),
 }
@@ -75,7 +76,7 @@ ABLATIONS: Mapping[str, Mapping[str, Method]] = {
         "baseline": METHODS["baseline"],
         "baseline_tuned": METHODS["baseline_tuned"],
         "adalfl": METHODS["adalfl"],
-        "adalfl meta_every=10": Method("library", {"meta_every": 10}, None),
+        "adalfl meta_every=10": METHODS["adalfl meta_every=10"],
         "adalfl meta_every=100": Method("library", {"meta_every": 100}, None),
         "adalfl finite_difference": Method("library", {"hypergradient": "finite_difference"}, None),
         "ml3": METHODS["ml3"],
@@ -84,17 +85,14 @@ ABLATIONS: Mapping[str, Mapping[str, Method]] = {
     "rates": {
         f"{name} rate x{factor}": replace(method, rate_factor=factor)
         for factor in (3, 10, 30)
-        for name, method in {
-            "baseline": METHODS["baseline"],
-            "adalfl": METHODS["adalfl"],
-            "adalfl meta_every=10": Method("library", {"meta_every": 10}, None),
-        }.items()
+        for name, method in METHODS.items()
+        if name in ("baseline", "adalfl", "adalfl meta_every=10")
     },
     # Not in the paper: what the library's defaults were chosen from.
     "defaults": {
         "baseline": METHODS["baseline"],
         "adalfl": METHODS["adalfl"],
-        "adalfl meta_every=10": Method("library", {"meta_every": 10}, None),
+        "adalfl meta_every=10": METHODS["adalfl meta_every=10"],
         "adalfl offline phase": Method("library"),
         "adalfl offline phase lr=1e-3": Method("library", init={"lr": 1e-3}),
         "adalfl meta_lr=1e-3": Method("library", {"meta_lr": 1e-3}, None),
@@ -103,6 +101,8 @@ ABLATIONS: Mapping[str, Mapping[str, Method]] = {
         "adalfl max_gain=30": Method("library", {"max_gain": 30.0}, None),
         "adalfl max_gain=None": Method("library", {"max_gain": None}, None),
         "adalfl gain_lr=3e-2": Method("library", {"gain_lr": 3e-2}, None),
+        "adalfl gain_horizon=10": Method("library", {"gain_horizon": 10}, None),
+        "adalfl gain_horizon=300": Method("library", {"gain_horizon": 300}, None),
         "adalfl residual=False": Method("library", {"residual": False}, {"steps": 0, "imitation_steps": 1000}),
         "adalfl reduction=sum": Method("library", {"reduction": "sum"}, None),
         "adalfl bias=True": Method("library", {"bias": True}, None),

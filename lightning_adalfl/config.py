@@ -68,10 +68,12 @@ class AdaLFLConfig:
             needed) or ``"reverse"`` (exact, a double backward through the model; the reference).
         max_gain: The slope of the learned loss is normalised to that of the task loss, times a learned gain in
             [1, ``max_gain``]; see :class:`~lightning_adalfl.losses.bounded.BoundedLoss`. ``None``, as in the paper,
-            takes the slope as it is, and ``min_cosine`` and ``gain_lr`` have no part.
+            takes the slope as it is, and ``min_cosine``, ``gain_lr`` and ``gain_horizon`` have no part.
         min_cosine: In (0, 1): where the angle between the two slopes has a smaller cosine, it is brought back to that.
-        gain_lr: The learning rate of the logarithm of the gain, for each base step: with ``meta_every=k`` a meta step
-            has k times as much, up to 0.2.
+        gain_lr: The learning rate of the logarithm of the gain, for each base step. The gain takes a step after every
+            tenth base step, or with every meta step where these are rarer, with as many times this rate, up to 0.2.
+        gain_horizon: The base steps through which the effect of the gain on held-out data is followed; 1 for the last
+            one alone.
         safeguard: Whether training goes back to the last good φ, and then to the task loss, when the task loss on meta
             batches no longer falls or the hypergradient is not finite; see
             :class:`~lightning_adalfl.adapter.safeguard.Safeguard`.
@@ -105,6 +107,7 @@ class AdaLFLConfig:
     max_gain: float | None = 10.0
     min_cosine: float = 0.95
     gain_lr: float = 1e-2
+    gain_horizon: int = 100
     safeguard: bool = True
     safeguard_window: int = 50
     learn: str = "loss"
@@ -134,6 +137,7 @@ class AdaLFLConfig:
                 f"{self.base_fraction}. Choose 'forward' or 'finite_difference'."
             )
         positive_number("gain_lr", self.gain_lr)
+        whole_number("gain_horizon", self.gain_horizon)
         positive_number("min_cosine", self.min_cosine)
         if self.min_cosine >= 1:
             raise ValueError(f"`min_cosine` must lie in (0, 1), such as 0.95; got {self.min_cosine}.")

@@ -90,11 +90,12 @@ def test_the_gain_is_clamped() -> None:
         assert float(loss.log_gain.detach()) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("meta_every", "rate"), [(1, 0.01), (10, 0.1), (100, 0.2)])
+@pytest.mark.parametrize(("meta_every", "rate"), [(1, 0.1), (10, 0.1), (100, 0.2)])
 def test_the_gain_moves_as_fast_where_meta_steps_are_rare(meta_every: int, rate: float) -> None:
     learner = MetaLearner(AdaLFLConfig("regression", meta_every=meta_every))
     learner.start_online()
-    learner.step(Hypergradient(tuple(-torch.ones_like(p) for p in learner.trained.parameters()), EMPTY, EMPTY.sum()))
+    gradient = Hypergradient(tuple(-torch.ones_like(p) for p in learner.trained.parameters()), EMPTY, EMPTY.sum())
+    learner.step(gradient, learn_gain=True)
     assert float(learner.log_gain.detach()) == pytest.approx(rate, rel=1e-4)
 
 

@@ -33,6 +33,7 @@ def own_loss(predictions: Tensor, target: Tensor) -> Tensor:
         ("meta_lr", "1e-5", TypeError, "`meta_lr` must be a number; got '1e-5'"),
         ("lr_meta_lr", float("inf"), ValueError, "`lr_meta_lr` must be finite; got inf"),
         ("gain_lr", -1.0, ValueError, "`gain_lr` must be positive; got -1.0"),
+        ("gain_horizon", 0, ValueError, "`gain_horizon` must be a whole number, 1 or more; got 0"),
         ("meta_every", 0, ValueError, "`meta_every` must be a whole number, 1 or more; got 0"),
         ("meta_every", 1.5, TypeError, "`meta_every` must be a whole number, 1 or more; got 1.5"),
         ("meta_batch_size", 0, ValueError, "`meta_batch_size` must be a whole number, 1 or more; got 0"),

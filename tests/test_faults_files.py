@@ -91,6 +91,8 @@ def test_a_checkpoint_that_is_cut_off_is_refused(checkpoint: Path, tmp_path: Pat
         ({"initialised": 1}, "`progress` has no switch `initialised`"),
         ({"meta_optimizer": {"state": []}}, "`meta_optimizer` is no optimizer's state"),
         ({"safeguard": {}}, "`safeguard` is no safeguard's state"),
+        ({"gain_horizon": {"average": [1.0]}}, "`gain_horizon` has no average"),
+        ({"gain_horizon": {"average": []}}, "`gain_horizon` has no place"),
         ({"processes": [None]}, "`processes` holds no random states"),
     ],
 )

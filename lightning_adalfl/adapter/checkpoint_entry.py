@@ -25,9 +25,10 @@ def check_entry(entry: Any) -> None:
     for name in COUNTERS:
         _expect(_is_count(progress.get(name)), f"`progress` has no count `{name}`")
     _expect(isinstance(progress.get("initialised"), bool), "`progress` has no switch `initialised`")
-    _expect({"meta_optimizer", "safeguard"} <= progress.keys(), "`progress` lacks a state")
+    _expect({"meta_optimizer", "safeguard", "gain_horizon"} <= progress.keys(), "`progress` lacks a state")
     _expect_optimizer(progress["meta_optimizer"])
     _expect_safeguard(progress["safeguard"])
+    _expect_horizon(progress["gain_horizon"])
     if processes is not None:
         fits = isinstance(processes, list) and all(
             isinstance(p, dict) and {"global", "run"} <= p.keys() for p in processes
@@ -53,8 +54,16 @@ def _expect_safeguard(state: Any) -> None:
         _is_count(state["level"]) and _is_count(state["window"]) and state["window"] > 0, "`safeguard` has no level"
     )
     best = state["best_values"]
-    fits = best is None or (isinstance(best, list) and all(isinstance(value, Tensor) for value in best))
-    _expect(fits, "`safeguard` has no values to go back to")
+    _expect(best is None or _are_tensors(best), "`safeguard` has no values to go back to")
+
+
+def _expect_horizon(state: Any) -> None:
+    _expect(isinstance(state, dict) and _are_tensors(state.get("average")), "`gain_horizon` has no average")
+    _expect(isinstance(state.get("base_steps"), float), "`gain_horizon` has no place")
+
+
+def _are_tensors(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, Tensor) for value in values)
 
 
 def _is_count(value: Any) -> bool:

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_adalfl.adapter.checkpoint_entry import check_entry
+from lightning_adalfl.adapter.gain_horizon import GainHorizon
 from lightning_adalfl.adapter.safeguard import Safeguard, safeguard_meta_steps
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.hypergradient import Hypergradient
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from lightning_adalfl.adapter.online_run import OnlineRun
 
 
-LONGEST_GAIN_STEP = 0.2  # of the gain's logarithm
-
-
 class MetaLearner(nn.Module):
     """What is meta-learned, and how.
 
@@ -35,6 +33,7 @@ class MetaLearner(nn.Module):
     Attributes:
         loss: The learned loss M_φ; ``None`` if the learning rate alone is learned.
         safeguard: What watches over it, if anything does.
+        gain_horizon: The earlier base steps that the gain is judged by.
         log_gain: γ of the :class:`~lightning_adalfl.losses.bounded.BoundedLoss`, if there are bounds.
         log_lr_scale: s, where the base optimizer steps with α·exp(s); learned for ``learn="lr"`` and ``"both"``.
         base_steps: Base steps taken.
@@ -62,6 +61,7 @@ class MetaLearner(nn.Module):
         if self._bounded is not None:
             self.log_gain = self._bounded.log_gain
         self.safeguard = Safeguard(safeguard_meta_steps(config)) if config.safeguard else None
+        self.gain_horizon = GainHorizon(config)
         self.base_steps = 0
         self.meta_steps = 0
         self.skipped_base_steps = 0
@@ -117,11 +117,11 @@ class MetaLearner(nn.Module):
         """The newest values of the scalars that are logged, by their names; for callbacks, which see them each step."""
         return {} if self.run is None else self.run.logged
 
-    def start(self, meta_lr: float, lr_meta_lr: float, gain_lr: float) -> None:
+    def start(self, meta_lr: float, lr_meta_lr: float) -> None:
         """Make a fresh meta optimizer with these learning rates, and state from a checkpoint if there is one."""
         groups: list[dict[str, Any]] = []
-        if self._learns_gain:
-            groups.append({"params": [self.log_gain], "lr": gain_lr})
+        if self._has_gain:
+            groups.append({"params": [self.log_gain], "lr": self.gain_horizon.lr})
         if self.loss is not None:
             groups.append({"params": list(self.loss.parameters()), "lr": meta_lr})
         if self.config.learns_lr:
@@ -133,10 +133,7 @@ class MetaLearner(nn.Module):
 
     def start_online(self) -> None:
         """Make the meta optimizer of training."""
-        config = self.config
-        # A rate for each base step: meta steps that are rarer take longer ones, as far as they are not too coarse.
-        gain_lr = max(config.gain_lr, min(config.gain_lr * config.meta_every, LONGEST_GAIN_STEP))
-        self.start(config.meta_lr, config.lr_meta_lr, gain_lr)
+        self.start(self.config.meta_lr, self.config.lr_meta_lr)
 
     def stop(self, forget: bool = False) -> None:
         """Drop the run and the meta optimizer, whose state is kept for a later fit unless it is to ``forget``."""
@@ -145,8 +142,23 @@ class MetaLearner(nn.Module):
             self._optimizer_state = self._optimizer.state_dict()
         self._optimizer = None
 
-    def step(self, gradient: Hypergradient) -> Tensor:
+    @property
+    def gain_due(self) -> bool:
+        """Whether the gain learns from the base step now under way."""
+        return self.learns_gain and self.gain_horizon.due(self.base_steps + 1)
+
+    @property
+    def learns_gain(self) -> bool:
+        """Whether the gain still learns in training; once the safeguard has tripped it stays at one."""
+        tripped = self.safeguard is not None and self.safeguard.level > 0
+        return self.config.online and self._has_gain and not tripped
+
+    def step(self, gradient: Hypergradient, learn_gain: bool = False) -> Tensor:
         """Take a meta step (Eq. 8); leave it out if the hypergradient or the task loss is not finite.
+
+        Args:
+            gradient: Of the last base step; its ``along`` is that of the gain through earlier ones.
+            learn_gain: Whether the gain takes part.
 
         Returns:
             The hypergradient's Euclidean norm.
@@ -157,7 +169,9 @@ class MetaLearner(nn.Module):
         if self.config.learns_lr:
             gradients.append(gradient.log_lr.sum().to(self.log_lr_scale.dtype))
         norm = torch.stack([g.float().norm() for g in gradients]).norm()
-        if not torch.isfinite(norm + gradient.task_loss):
+        if learn_gain:
+            gradients[0] = self.gain_horizon.gradient(gradients[0], gradient, self.base_steps + 1)
+        if not torch.isfinite(norm + gradient.task_loss + gradients[0].sum().to(norm)):
             self._skip(
                 f"the hypergradient is not finite, or the task loss on the meta batch, which is "
                 f"{float(gradient.task_loss):.4g}. Look for such values in the data or for an empty batch, lower the "
@@ -167,12 +181,12 @@ class MetaLearner(nn.Module):
         before = [p.detach().clone() for p in self.learned_parameters()]
         for parameter, g in zip(self.learned_parameters(), gradients):
             parameter.grad = g
+        if self._has_gain and not learn_gain:
+            self.log_gain.grad = None
         self._optimizer.step()
         self._optimizer.zero_grad()
         if self._bounded is not None:
             self._bounded.clamp_gain()
-            if self._learns_gain and self.safeguard is not None and self.safeguard.level:
-                self.log_gain.detach().zero_()
         learned: list[Tensor] = [*self.learned_parameters()]
         if not torch.isfinite(torch.stack(torch._foreach_norm(learned))).all():
             with torch.no_grad():
@@ -218,18 +232,19 @@ class MetaLearner(nn.Module):
         for parameter, value in zip(parameters, best or parameters):
             # Without a good window behind it, there is nothing to return to but what is finite.
             parameter.copy_(torch.nan_to_num(value))
-        if self._learns_gain:
+        if self._has_gain:
             self.log_gain.zero_()
+            self.gain_horizon.clear()
         self.start_online()
 
     def learned_parameters(self) -> list[nn.Parameter]:
         """Return φ, with the gain and s where they are learned, in the order of a hypergradient."""
         parameters = [] if self.loss is None else list(self.loss.parameters())
-        parameters = [self.log_gain, *parameters] if self._learns_gain else parameters
+        parameters = [self.log_gain, *parameters] if self._has_gain else parameters
         return [*parameters, self.log_lr_scale] if self.config.learns_lr else parameters
 
     @property
-    def _learns_gain(self) -> bool:
+    def _has_gain(self) -> bool:
         return self._bounded is not None and self._bounded.log_gain.requires_grad
 
     def progress(self) -> dict[str, Any]:
@@ -243,6 +258,7 @@ class MetaLearner(nn.Module):
             "initialised": self.initialised,
             "meta_optimizer": state,
             "safeguard": None if self.safeguard is None else self.safeguard.state_dict(),
+            "gain_horizon": self.gain_horizon.state_dict(),
         }
 
     def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -264,6 +280,7 @@ class MetaLearner(nn.Module):
         self.skipped_meta_steps = progress["skipped_meta_steps"]
         self.initialised = progress["initialised"]
         self._optimizer_state = progress["meta_optimizer"]
+        self.gain_horizon.load_state_dict(progress["gain_horizon"])
         if self.safeguard is not None and progress["safeguard"] is not None:
             self.safeguard.load_state_dict(progress["safeguard"])
 

@@ -69,9 +69,8 @@ class OfflinePhase:
         self._reduce = mean_over_processes(self.trainer)
         self._base_scale, self._meta_scale = LossScale(self.trainer), LossScale(self.trainer)
         broadcast(self.learner, self.trainer)
-        # The gain that is best for a first step from fresh parameters ruins a model whose learning rate is right.
-        self._meta_rates = (lr, lr, 0.0)
-        self.learner.start(*self._meta_rates)
+        self._lr = lr
+        self.learner.start(lr, lr)
 
     def step(self) -> float:
         """Take one meta step (lines 3 to 10); return the task loss after the inner steps."""
@@ -94,6 +93,7 @@ class OfflinePhase:
                     break
         for step in self._steps:
             step.clear()
+        # Without the gain: what is best for a first step from fresh parameters ruins a model whose rate is right.
         self.learner.step(gradient)
         return float(gradient.task_loss)
 
@@ -133,7 +133,7 @@ class OfflinePhase:
         """Go on from what :meth:`state_dict` returned."""
         self.learner.load_state_dict(state["learner"])
         self.learner.load_progress(state["progress"])
-        self.learner.start(*self._meta_rates)
+        self.learner.start(self._lr, self._lr)
         self.train_batches.load_state_dict(state["train_batches"])
         self.meta_batches.load_state_dict(state["meta_batches"])
         self._draws.set_state(state["draws"].cpu())

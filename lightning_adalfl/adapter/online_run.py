@@ -151,10 +151,11 @@ class OnlineRun:
             return
         recorded, self._recorded = self._recorded, False
         if recorded:
-            gradient = self._hypergradient()
+            learn_gain = self.learner.gain_due
+            gradient = self._hypergradient(learn_gain)
             self.base_step.clear()
             self.logged["adalfl/task_loss"] = gradient.task_loss
-            self.logged["adalfl/meta_grad_norm"] = self.learner.step(gradient)
+            self.logged["adalfl/meta_grad_norm"] = self.learner.step(gradient, learn_gain)
             self.learner.guard(gradient.task_loss, self.logged["adalfl/meta_grad_norm"])
             if self.learner.fell_back:
                 # There will be no other; the last ones would be logged again and again.
@@ -166,13 +167,16 @@ class OnlineRun:
             if self.learner.config.learns_lr:
                 self.logged["adalfl/lr_scale"] = self.learner.log_lr_scale.detach().exp()
         self.learner.base_steps += 1
+        if self.learner.learns_gain:
+            self.learner.gain_horizon.add(self.base_step.parameters, self.learner.base_steps)
         now = time.perf_counter()
         if self._last_step is not None:
             self.logged["adalfl/seconds_per_step"] = torch.tensor(now - self._last_step)
         self._last_step = now
 
-    def _hypergradient(self) -> Hypergradient:
+    def _hypergradient(self, learn_gain: bool) -> Hypergradient:
         learner = self.learner
+        along = learner.gain_horizon.earlier_steps(self.base_step.before) if learn_gain else None
         with self.stream.drawing(), self.trainer.precision_plugin.train_step_context():
             batch = moved_to_device(self.module, next(self.batches))  # type: ignore[arg-type]
             while True:
@@ -184,6 +188,7 @@ class OnlineRun:
                     all_reduce=self._reduce,
                     loss_scale=self._meta_scale.value,
                     log_lr=learner.config.learns_lr,
+                    along=along,
                 )
                 if self._meta_scale.fits([*gradient.loss, gradient.log_lr]):
                     return gradient

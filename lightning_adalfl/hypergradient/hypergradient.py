@@ -32,11 +32,13 @@ class Hypergradient:
             for ASGD and Rprop, which follow the rates of earlier steps, that of the step's size. Shape (0,) if not
             asked for.
         task_loss: L_T on the meta batch at θ_{t+1}, a scalar.
+        along: The derivative of L_T at θ_{t+1} along the direction that was given, a scalar; ``None`` without one.
     """
 
     loss: tuple[Tensor, ...]
     log_lr: Tensor
     task_loss: Tensor
+    along: Tensor | None = None
 
 
 def hypergradient(
@@ -49,6 +51,7 @@ def hypergradient(
     epsilon: float | None = None,
     loss_scale: float = 1.0,
     log_lr: bool = True,
+    along: Sequence[Tensor] | None = None,
 ) -> Hypergradient:
     """Differentiate the task loss after the recorded base step(s) by the parameters φ of the loss that caused them.
 
@@ -67,6 +70,7 @@ def hypergradient(
             root of the precision of the predictions, 3e-4 in float32, which balances rounding and curvature.
         loss_scale: A factor on L_T during its backward, taken out of v again, against underflow in half precision.
         log_lr: Whether to compute ∂L_T/∂log α, which costs a pass over the parameters.
+        along: A direction in parameter space, one tensor for each of the last step's ``parameters``.
 
     Raises:
         ValueError: If a step was not recorded.
@@ -80,15 +84,18 @@ def hypergradient(
     # The casts that an autocast context around the base step keeps are those of θ_t.
     torch.clear_autocast_cache()
     if first.method == "reverse":
-        by_phi, by_log_lr, value = unrolled(chain, loss, phi, task_loss, meta_batch)
-        return _reduced(Hypergradient(by_phi, by_log_lr if log_lr else by_log_lr[:0], value), all_reduce)
+        by_phi, by_log_lr, value, vector = unrolled(chain, loss, phi, task_loss, meta_batch)
+        by_along = None if along is None else _inner_product(vector, along)
+        return _reduced(Hypergradient(by_phi, by_log_lr if log_lr else by_log_lr[:0], value, by_along), all_reduce)
 
     # Where v is asked for by itself, it has to be formed.
-    whole = all_reduce is not None or log_lr or loss_scale != 1.0 or len(chain) > 1 or not first.takes_factors
+    asked = all_reduce is not None or log_lr or along is not None
+    whole = asked or loss_scale != 1.0 or len(chain) > 1 or not first.takes_factors
     value, vector, factors = _meta_gradient(last, task_loss, meta_batch, loss_scale, whole)
     if all_reduce is not None:
         all_reduce(vector)
     by_log_lr = _by_log_lr(last, vector) if log_lr else torch.zeros(0, dtype=torch.float64, device=value.device)
+    by_along = None if along is None else _inner_product(vector, along)
     total = [torch.zeros_like(p) for p in phi]
     if phi:
         if len(chain) > 1:
@@ -97,7 +104,7 @@ def hypergradient(
         else:
             scale, u = first.transposed([vector[i] for i in first.active])
         torch._foreach_add_(total, _by_phi(first, loss, phi, u, factors, epsilon), alpha=scale)
-    return _reduced(Hypergradient(tuple(total), by_log_lr, value), all_reduce)
+    return _reduced(Hypergradient(tuple(total), by_log_lr, value, by_along), all_reduce)
 
 
 def _meta_gradient(
@@ -134,10 +141,16 @@ def _by_log_lr(step: BaseStep, vector: Sequence[Tensor]) -> Tensor:
     with torch.no_grad():
         for group in step.groups:
             members = [i for i in range(start, start + len(group)) if i in active]
-            terms = [_dot(vector[i], step.parameters[i] - step.before[i]) for i in members]
-            dots.append(sum(terms, torch.zeros((), dtype=torch.float64, device=vector[0].device)))
+            moved = [step.parameters[i] - step.before[i] for i in members]
+            dots.append(_inner_product([vector[i] for i in members], moved, vector[0].device))
             start += len(group)
     return torch.stack(dots)
+
+
+def _inner_product(a: Sequence[Tensor], b: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+    """Return ``⟨a, b⟩`` over lists of tensors, in double precision."""
+    zero = torch.zeros((), dtype=torch.float64, device=device or a[0].device)
+    return sum((_dot(x, y) for x, y in zip(a, b)), zero)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -184,6 +197,8 @@ def _by_phi(
 def _reduced(result: Hypergradient, all_reduce: AllReduce | None) -> Hypergradient:
     if all_reduce is None:
         return result
-    tensors = [*result.loss, result.log_lr, result.task_loss]
+    along = [] if result.along is None else [result.along]
+    tensors = [*along, result.log_lr, result.task_loss, *result.loss]
     all_reduce(tensors)
-    return Hypergradient(tuple(tensors[:-2]), tensors[-2], tensors[-1])
+    log_lr, task_loss, *by_phi = tensors[len(along) :]
+    return Hypergradient(tuple(by_phi), log_lr, task_loss, tensors[0] if along else None)

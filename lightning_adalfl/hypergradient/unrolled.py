@@ -18,8 +18,8 @@ StateAdjoint = dict[tuple[int, str], Tensor]
 
 def unrolled(
     steps: Sequence[BaseStep], loss: Objective, phi: list[Tensor], task_loss: Objective, meta_batch: Any
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Return ``∇_φ L_T``, ``∂L_T/∂log α`` and L_T by a double backward through all steps at once.
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor, list[Tensor]]:
+    """Return ``∇_φ L_T``, ``∂L_T/∂log α``, L_T and ``∇_θ L_T`` by a double backward through all steps at once.
 
     The reference for the other methods, and what the paper's own implementation computes (section 2.4).
     """
@@ -36,10 +36,10 @@ def unrolled(
                 values, states = _differentiable_step(step, loss, values, states)
         predictions, target = last.model(meta_batch, last.model.buffers(), values)
         value = task_loss(predictions, target)
-        gradients = torch.autograd.grad(value, [*phi, log_scale], allow_unused=True)
-    by_phi = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(phi, gradients))
-    by_scale = gradients[-1]
-    return by_phi, torch.zeros_like(log_scale) if by_scale is None else by_scale, value.detach()
+        inputs = [*phi, log_scale, *values.values()]
+        gradients = torch.autograd.grad(value, inputs, allow_unused=True)
+    found = [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, gradients)]
+    return tuple(found[: len(phi)]), found[len(phi)], value.detach(), found[len(phi) + 1 :]
 
 
 def adjoint_of_later_steps(
