@@ -35,7 +35,7 @@ def paper_number(task: str, model: str, method: str) -> list[float] | None:
         return table.get(value) if table["task"] == row else None
     if option == "meta_data":
         table, column = PAPER["table7_meta_objective"], ("training", "validation")[value == "val"]
-    elif name in COLUMNS:
+    elif name in COLUMNS and not variant:
         table, column = PAPER[COLUMNS[name][0]], COLUMNS[name][1]
     else:
         return None

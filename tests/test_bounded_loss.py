@@ -93,7 +93,7 @@ def test_the_gain_is_clamped() -> None:
 @pytest.mark.parametrize(("meta_every", "rate"), [(1, 0.1), (10, 0.1), (100, 0.2)])
 def test_the_gain_moves_as_fast_where_meta_steps_are_rare(meta_every: int, rate: float) -> None:
     learner = MetaLearner(AdaLFLConfig("regression", meta_every=meta_every))
-    learner.start_online()
+    learner.start()
     gradient = Hypergradient(tuple(-torch.ones_like(p) for p in learner.trained.parameters()), EMPTY, EMPTY.sum())
     learner.step(gradient, learn_gain=True)
     assert float(learner.log_gain.detach()) == pytest.approx(rate, rel=1e-4)

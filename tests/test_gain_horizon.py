@@ -151,7 +151,7 @@ def test_an_offline_phase_leaves_no_earlier_steps(tmp_path: Path) -> None:
 
 def test_a_derivative_that_is_not_finite_is_left_out() -> None:
     learner = MetaLearner(AdaLFLConfig("regression"))
-    learner.start_online()
+    learner.start()
     zero = torch.zeros(())
     by_phi = tuple(torch.zeros_like(p) for p in learner.trained.parameters())
     with pytest.warns(UserWarning, match="the hypergradient is not finite"):

@@ -117,23 +117,19 @@ class MetaLearner(nn.Module):
         """The newest values of the scalars that are logged, by their names; for callbacks, which see them each step."""
         return {} if self.run is None else self.run.logged
 
-    def start(self, meta_lr: float, lr_meta_lr: float) -> None:
-        """Make a fresh meta optimizer with these learning rates, and state from a checkpoint if there is one."""
+    def start(self, lr: float | None = None) -> None:
+        """Make a fresh meta optimizer, with ``lr`` or the rates of training, and any state from a checkpoint."""
         groups: list[dict[str, Any]] = []
         if self._has_gain:
             groups.append({"params": [self.log_gain], "lr": self.gain_horizon.lr})
         if self.loss is not None:
-            groups.append({"params": list(self.loss.parameters()), "lr": meta_lr})
+            groups.append({"params": list(self.loss.parameters()), "lr": lr or self.config.meta_lr})
         if self.config.learns_lr:
-            groups.append({"params": [self.log_lr_scale], "lr": lr_meta_lr})
+            groups.append({"params": [self.log_lr_scale], "lr": lr or self.config.lr_meta_lr})
         self._optimizer = getattr(torch.optim, self.config.meta_optimizer)(groups)
         if self._optimizer_state is not None:
             self._optimizer.load_state_dict(self._optimizer_state)
             self._optimizer_state = None
-
-    def start_online(self) -> None:
-        """Make the meta optimizer of training."""
-        self.start(self.config.meta_lr, self.config.lr_meta_lr)
 
     def stop(self, forget: bool = False) -> None:
         """Drop the run and the meta optimizer, whose state is kept for a later fit unless it is to ``forget``."""
@@ -235,7 +231,7 @@ class MetaLearner(nn.Module):
         if self._has_gain:
             self.log_gain.zero_()
             self.gain_horizon.clear()
-        self.start_online()
+        self.start()
 
     def learned_parameters(self) -> list[nn.Parameter]:
         """Return φ, with the gain and s where they are learned, in the order of a hypergradient."""

@@ -70,7 +70,7 @@ class OfflinePhase:
         self._base_scale, self._meta_scale = LossScale(self.trainer), LossScale(self.trainer)
         broadcast(self.learner, self.trainer)
         self._lr = lr
-        self.learner.start(lr, lr)
+        self.learner.start(lr)
 
     def step(self) -> float:
         """Take one meta step (lines 3 to 10); return the task loss after the inner steps."""
@@ -133,7 +133,7 @@ class OfflinePhase:
         """Go on from what :meth:`state_dict` returned."""
         self.learner.load_state_dict(state["learner"])
         self.learner.load_progress(state["progress"])
-        self.learner.start(self._lr, self._lr)
+        self.learner.start(self._lr)
         self.train_batches.load_state_dict(state["train_batches"])
         self.meta_batches.load_state_dict(state["meta_batches"])
         self._draws.set_state(state["draws"].cpu())

@@ -57,7 +57,7 @@ class OnlineRun:
         self._finite = FiniteSteps(self.trainer)
         keep_freed_memory(module.device)
         broadcast(learner, self.trainer)
-        learner.start_online()
+        learner.start()
 
     @property
     def due(self) -> bool:
