@@ -96,20 +96,30 @@ def test_a_horizon_of_one_is_the_last_step_alone() -> None:
     assert horizon.earlier_steps([torch.ones(2)]) is None
 
 
+def found_gradient(task_loss: float, along: float | None) -> Hypergradient:
+    derivative = None if along is None else torch.tensor(along, dtype=torch.float64)
+    return Hypergradient((), torch.zeros(0), torch.tensor(task_loss), derivative)
+
+
 @pytest.mark.parametrize("horizon", [1, 100])
 def test_a_gain_that_brings_too_little_comes_down(horizon: int) -> None:
-    """It has to lower the task loss by 2e-4 of it for each base step that is in view."""
+    """It has to lower the task loss by 1e-4 of all its fall for each base step that is in view."""
     watched = GainHorizon(AdaLFLConfig("regression", gain_horizon=horizon))
     parameters = [torch.zeros(2)]
+    watched.gradient(torch.tensor(0.0), found_gradient(5.0, None), 10)
     for step in range(10, 3010, 10):
         watched.add(parameters, step)
-    along = watched.earlier_steps(parameters)
-    for fall in (1.9e-4, 2.1e-4):
-        derivative = None if along is None else torch.tensor(-3.0 * 99 * fall, dtype=torch.float64)
-        found = Hypergradient((), torch.zeros(0), torch.tensor(3.0), derivative)
+    for fall in (0.9e-4, 1.1e-4):
         # The last of a hundred steps is the exact part.
-        pull = watched.gradient(torch.tensor(-3.0 * fall), found, 3010)
-        assert (float(pull) < 0) == (fall > 2e-4)
+        along = None if watched.earlier_steps(parameters) is None else -2.0 * 99 * fall
+        pull = watched.gradient(torch.tensor(-2.0 * fall), found_gradient(3.0, along), 3010)
+        assert (float(pull) < 0) == (fall > 1e-4)
+
+
+def test_on_a_plateau_at_the_start_any_fall_is_worth_a_gain() -> None:
+    watched = GainHorizon(AdaLFLConfig("regression"))
+    for task_loss in (5.0, 5.0, 5.1):
+        assert float(watched.gradient(torch.tensor(-1e-9), found_gradient(task_loss, None), 10)) < 0
 
 
 @pytest.mark.parametrize(("meta_every", "interval"), [(1, 10), (3, 12), (10, 10), (40, 40)])
@@ -160,11 +170,17 @@ def test_a_derivative_that_is_not_finite_is_left_out() -> None:
 
 
 class Digits(Plain):
-    """8 x 8 digits."""
+    """8 x 8 digits.
 
-    def __init__(self, lr: float) -> None:
+    Args:
+        lr: α.
+        depth: Hidden layers.
+    """
+
+    def __init__(self, lr: float, depth: int) -> None:
         super().__init__(lr)
-        self.model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+        hidden = [layer for _ in range(depth - 1) for layer in (nn.Linear(32, 32), nn.ReLU())]
+        self.model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), *hidden, nn.Linear(32, 10))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -178,24 +194,31 @@ class AdaDigits(AdaLFLMixin, Digits):
     pass
 
 
-def digits() -> tuple[Tensor, Tensor]:
+def loss_on_digits(folder: Path, depth: int, **options: Any) -> float:
+    """Return the cross-entropy on held-out digits after 600 base steps."""
     bunch = load_digits()
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(bunch.data, dtype=torch.float32)[order] / 16, torch.tensor(bunch.target)[order]
+    x, y = torch.tensor(bunch.data, dtype=torch.float32)[order] / 16, torch.tensor(bunch.target)[order]
+    shuffled = torch.Generator().manual_seed(1)
+    train = DataLoader(TensorDataset(x[:1000], y[:1000]), 32, shuffle=True, generator=shuffled)
+    val = DataLoader(TensorDataset(x[1000:1300], y[1000:1300]), 100)
+    torch.manual_seed(0)
+    module: Digits = Digits(0.03, depth)
+    if options:
+        torch.manual_seed(0)
+        module = AdaDigits(0.03, depth, adalfl=AdaLFLConfig("multiclass", meta_every=5, **options))
+    trainer(folder, max_steps=600, max_epochs=-1, limit_val_batches=0).fit(module, train, val)
+    with torch.no_grad():
+        return float(F.cross_entropy(module(x[1300:]), y[1300:]))
 
 
 def test_a_rate_that_is_too_low_is_made_up_for_longer(tmp_path: Path) -> None:
     """One step alone overshoots along the steepest directions, and asks for less gain than the training could use."""
-    x, y = digits()
-    order = torch.Generator().manual_seed(1)
-    losses = {}
-    for horizon in (1, 100):
-        order.manual_seed(1)
-        torch.manual_seed(0)
-        module = AdaDigits(lr=0.03, adalfl=AdaLFLConfig("multiclass", gain_horizon=horizon))
-        train = DataLoader(TensorDataset(x[:1000], y[:1000]), 32, shuffle=True, generator=order)
-        val = DataLoader(TensorDataset(x[1000:1300], y[1000:1300]), 100)
-        trainer(tmp_path, max_steps=600, max_epochs=-1, limit_val_batches=0).fit(module, train, val)
-        with torch.no_grad():
-            losses[horizon] = float(F.cross_entropy(module(x[1300:]), y[1300:]))
-    assert losses[100] < 0.85 * losses[1]
+    assert loss_on_digits(tmp_path, 2, gain_horizon=100) < 0.85 * loss_on_digits(tmp_path, 2, gain_horizon=1)
+
+
+def test_a_plateau_at_the_start_is_left(tmp_path: Path) -> None:
+    """On it the task loss falls by less than the safeguard asks for later."""
+    plain = loss_on_digits(tmp_path, 4)
+    assert plain > 2.2
+    assert loss_on_digits(tmp_path, 4, gain_horizon=100) < 0.5 * plain

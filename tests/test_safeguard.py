@@ -35,8 +35,17 @@ def test_it_stays_quiet_while_the_task_loss_falls() -> None:
 
 def test_it_trips_when_no_window_is_a_new_best() -> None:
     guard = Safeguard(window=4)
-    assert feed(guard, [0.5] * 11) == []  # two windows at least
+    assert feed(guard, [0.9] * 4 + [0.5] * 11) == []  # two windows at least
     assert feed(guard, [0.5]) == ["the task loss on meta batches has not fallen for 8 meta steps"]
+
+
+def test_it_waits_on_a_plateau_at_the_start() -> None:
+    guard = Safeguard(window=4)
+    assert feed(guard, [0.5] * 43) == []  # ten windows after the first
+    assert feed(guard, [0.5]) == ["the task loss on meta batches has not fallen for 40 meta steps"]
+    assert feed(guard, [0.5] * 27) == []
+    assert len(feed(guard, [0.5])) == 1  # not a second time: half as many as there were before
+    assert guard.level == 2
 
 
 def test_it_waits_longer_the_longer_the_task_loss_has_fallen() -> None:
@@ -172,7 +181,7 @@ def test_a_run_that_diverges_without_it_does_not_with_it(tmp_path: Path) -> None
 
 
 def test_it_says_so_once_and_ends_with_the_task_loss(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="has not fallen for 4 meta steps") as caught:
+    with pytest.warns(UserWarning, match="has not fallen for 20 meta steps") as caught:
         module = fit(tmp_path, 1e-12, 60, safeguard_window=2)
     assert sum("has not fallen" in str(warning.message) for warning in caught) == 1
     assert module.adalfl.safeguard.level == 2

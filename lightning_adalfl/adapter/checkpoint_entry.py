@@ -59,7 +59,8 @@ def _expect_safeguard(state: Any) -> None:
 
 def _expect_horizon(state: Any) -> None:
     _expect(isinstance(state, dict) and _are_tensors(state.get("average")), "`gain_horizon` has no average")
-    _expect(isinstance(state.get("base_steps"), float), "`gain_horizon` has no place")
+    fits = isinstance(state.get("base_steps"), float) and isinstance(state.get("first", 0), float | None)
+    _expect(fits, "`gain_horizon` has no place")
 
 
 def _are_tensors(values: Any) -> bool:

@@ -14,7 +14,7 @@ from lightning_adalfl.hypergradient import Hypergradient
 
 FEWEST_BASE_STEPS = 10  # between two steps of the gain: v has to be formed for one, which costs a pass over θ
 LONGEST_GAIN_STEP = 0.2  # of the gain's logarithm
-LEAST_FALL = 2e-4  # of the task loss, a base step: a gain that brings less comes down
+LEAST_FALL = 1e-4  # of all that the task loss has fallen, a base step: a gain that brings less comes down
 
 
 class GainHorizon:
@@ -40,6 +40,7 @@ class GainHorizon:
         self._horizon = config.gain_horizon
         self._average: list[Tensor] = []
         self._base_steps = 0.0  # the average of their numbers, by the same weights
+        self._first: float | None = None  # task loss
 
     def due(self, base_steps: int) -> bool:
         """Whether the gain learns from the base step that makes their number ``base_steps``."""
@@ -62,8 +63,10 @@ class GainHorizon:
             found: The hypergradient; its ``along`` is the derivative along :meth:`earlier_steps`.
             base_steps: The base steps taken, that last one included.
         """
+        self._first = float(found.task_loss) if self._first is None else self._first
         seen = 1.0 if found.along is None else base_steps - self._base_steps
-        worth = LEAST_FALL * seen * found.task_loss.abs()
+        # On a plateau at the start there is nothing that it could overfit to.
+        worth = LEAST_FALL * seen * (self._first - found.task_loss).clamp_min(0.0)
         return exact + worth.to(exact) + (0.0 if found.along is None else found.along.to(exact))
 
     @torch.no_grad()
@@ -91,10 +94,11 @@ class GainHorizon:
         self._average = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return θ̄, and how far back it lies."""
-        return {"average": list(self._average), "base_steps": self._base_steps}
+        """Return θ̄, how far back it lies, and the first task loss."""
+        return {"average": list(self._average), "base_steps": self._base_steps, "first": self._first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
         self._average = list(state["average"])
         self._base_steps = state["base_steps"]
+        self._first = state["first"]

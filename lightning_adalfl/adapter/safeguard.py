@@ -12,6 +12,7 @@ from lightning_adalfl.config import AdaLFLConfig
 
 PATIENCE = 0.5  # of the meta steps up to the best window: a fixed number is too long here and too short there
 LEAST = 2  # windows
+START = 10  # windows at least as long as the task loss has not fallen yet: training may begin on a plateau
 FALL = 0.99  # times the best so far is a new best
 RISE = 3.0  # times the best: the base model is running away, and the window's end is too far
 UNUSABLE = 10  # meta steps in a row
@@ -29,8 +30,8 @@ class Safeguard:
     """Judges a learned loss by the task loss on meta batches, which are held out with ``meta_data="val"``.
 
     It trips when a half as many meta steps again as there were up to the best window bring no other whose mean is 1%
-    below it, when a running mean over ten meta steps is three times the best, or when ten hypergradients in a row are
-    not finite. The first time, φ goes back to where it was at the best window and the gain is 1 from then on; the
+    below it (ten windows at least, if that is the very first), when a running mean over ten meta steps is three times
+    the best, or when ten hypergradients in a row are not finite. The first time, φ goes back to where it was at the best window and the gain is 1 from then on; the
     second time, the task loss takes over for good and the meta steps end.
 
     Args:
@@ -50,6 +51,7 @@ class Safeguard:
 
     def _begin(self) -> None:
         self._best = math.inf
+        self._falls = 0
         self._sum = 0.0
         self._count = 0
         self._best_at = self._steps
@@ -86,11 +88,13 @@ class Safeguard:
         mean, self._sum, self._count = self._sum / self._count, 0.0, 0
         if mean < FALL * self._best:
             self._best, self._best_at = mean, self._steps
+            self._falls += 1
             if self.level == 0:
                 self.best_values = [tensor.detach().clone() for tensor in learned]
             return None
         since = self._steps - self._best_at
-        if since < max(LEAST * self.window, PATIENCE * self._best_at):
+        least = START if self.level == 0 and self._falls == 1 else LEAST
+        if since < max(least * self.window, PATIENCE * self._best_at):
             return None
         return self._trip(f"the task loss on meta batches has not fallen for {since} meta steps")
 
