@@ -31,8 +31,9 @@ class Safeguard:
 
     It trips when a half as many meta steps again as there were up to the best window bring no other whose mean is 1%
     below it (ten windows at least, if that is the very first), when a running mean over ten meta steps is three times
-    the best, or when ten hypergradients in a row are not finite. The first time, φ goes back to where it was at the best window and the gain is 1 from then on; the
-    second time, the task loss takes over for good and the meta steps end.
+    the best, or when ten hypergradients in a row are not finite. The first time, φ goes back to where it was at the
+    best window and the gain is 1 from then on; the second time, the task loss takes over for good and the meta steps
+    end.
 
     Args:
         window: Meta steps in a window.
