@@ -25,7 +25,7 @@ def test_fast_dev_run_takes_its_steps_and_shortens_the_offline_phase(tmp_path: P
     init = AdaLFLInit(steps=100_000)
     t = trainer(tmp_path, fast_dev_run=batches, callbacks=[init, LossShapeLogger()])
     step = module.adalfl.step
-    module.adalfl.step = lambda gradient: (taken.append(module.adalfl.base_steps), step(gradient))[1]
+    module.adalfl.step = lambda *arguments: (taken.append(module.adalfl.base_steps), step(*arguments))[1]
     t.fit(module, *loaders())
     assert taken == [0] * batches + list(range(batches))
     assert not list(tmp_path.iterdir())
