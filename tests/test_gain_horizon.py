@@ -122,6 +122,24 @@ def test_on_a_plateau_at_the_start_any_fall_is_worth_a_gain() -> None:
         assert float(watched.gradient(torch.tensor(-1e-9), found_gradient(task_loss, None), 10)) < 0
 
 
+def test_a_first_task_loss_that_is_not_finite_is_no_measure() -> None:
+    watched = GainHorizon(AdaLFLConfig("regression"))
+    watched.gradient(torch.tensor(0.0), found_gradient(float("inf"), None), 10)
+    watched.gradient(torch.tensor(0.0), found_gradient(5.0, None), 20)
+    assert float(watched.gradient(torch.tensor(0.0), found_gradient(3.0, None), 30)) == pytest.approx(2e-4)
+
+
+def test_what_is_saved_stays_as_it_was() -> None:
+    first, second = GainHorizon(AdaLFLConfig("regression")), GainHorizon(AdaLFLConfig("regression"))
+    first.add([torch.ones(2), torch.ones(2, dtype=torch.complex64)], 10)
+    saved = first.state_dict()
+    second.load_state_dict(saved)
+    for horizon in (first, second):
+        horizon.add([torch.zeros(2), torch.zeros(2, dtype=torch.complex64)], 20)
+    torch.testing.assert_close(saved["average"][0], torch.ones(2))
+    torch.testing.assert_close(first.state_dict(), second.state_dict())
+
+
 @pytest.mark.parametrize(("meta_every", "interval"), [(1, 10), (3, 12), (10, 10), (40, 40)])
 def test_the_gain_is_due_with_a_meta_step_and_not_before_ten_base_steps(meta_every: int, interval: int) -> None:
     horizon = GainHorizon(AdaLFLConfig("regression", meta_every=meta_every))

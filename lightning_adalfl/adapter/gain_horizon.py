@@ -63,11 +63,13 @@ class GainHorizon:
             found: The hypergradient; its ``along`` is the derivative along :meth:`earlier_steps`.
             base_steps: The base steps taken, that last one included.
         """
-        self._first = float(found.task_loss) if self._first is None else self._first
+        if self._first is None and torch.isfinite(found.task_loss):
+            self._first = float(found.task_loss)
         seen = 1.0 if found.along is None else base_steps - self._base_steps
         # On a plateau at the start there is nothing that it could overfit to.
-        worth = LEAST_FALL * seen * (self._first - found.task_loss).clamp_min(0.0)
-        return exact + worth.to(exact) + (0.0 if found.along is None else found.along.to(exact))
+        fall = 0.0 if self._first is None else (self._first - found.task_loss).clamp_min(0.0)
+        worth = LEAST_FALL * seen * float(fall)
+        return exact + worth + (0.0 if found.along is None else found.along.to(exact))
 
     @torch.no_grad()
     def add(self, parameters: Sequence[Tensor], base_steps: int) -> None:
@@ -95,10 +97,15 @@ class GainHorizon:
 
     def state_dict(self) -> dict[str, Any]:
         """Return θ̄, how far back it lies, and the first task loss."""
-        return {"average": list(self._average), "base_steps": self._base_steps, "first": self._first}
+        return {"average": _clones(self._average), "base_steps": self._base_steps, "first": self._first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
-        self._average = list(state["average"])
+        self._average = _clones(state["average"])
         self._base_steps = state["base_steps"]
         self._first = state["first"]
+
+
+def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies, since the average is updated in place."""
+    return [tensor.clone() for tensor in tensors]
