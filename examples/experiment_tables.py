@@ -49,9 +49,15 @@ def paper_hours(task: str, model: str, method: str) -> float | None:
     return row[table["columns"].index(method)] if row and method in table["columns"] else None
 
 
-def spread(numbers: Sequence[float]) -> str:
-    """Return ``mean ± standard deviation`` over seeds, of the sample."""
-    return f"{mean(numbers):.4f} ± {stdev(numbers):.4f}" if len(numbers) > 1 else f"{mean(numbers):.4f}"
+def outcome(records: Sequence[Record], decimals: int = 4) -> str:
+    """Return mean ± standard deviation of the test error over seeds, and how many diverged; nothing without a run."""
+    finished = [record["test"] for record in records if record["test"] is not None]
+    if not finished:
+        return "diverged" if records else ""
+    text = f"{mean(finished):.{decimals}f}"
+    text += f" ± {stdev(finished):.{decimals}f}" if len(finished) > 1 else ""
+    diverged = len(records) - len(finished)
+    return f"{text} ({diverged} diverged)" if diverged else text
 
 
 def table(records: Sequence[Record]) -> str:
@@ -64,17 +70,12 @@ def table(records: Sequence[Record]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for (task, model, steps, method), rows in groups.items():
-        finished = [row["test"] for row in rows if row["test"] is not None]
-        diverged = len(rows) - len(finished)
-        result = spread(finished) if finished else "diverged"
-        if finished and diverged:
-            result += f" ({diverged} diverged)"
         paper, hours = paper_number(task, model, method), paper_hours(task, model, method)
         known = "" if paper is None else f"{paper[0]:.4f} ± {paper[1]:.4f}"
         if known and task == "mnist5k":
             known += " (all of MNIST)"
         seconds = f"{mean(row['seconds'] for row in rows):.0f}"
         time = "" if hours is None else f"{hours:g}"
-        cells = [f"{task} / {model}", f"{steps:,}", method, str(len(rows)), result, seconds, known, time]
+        cells = [f"{task} / {model}", f"{steps:,}", method, str(len(rows)), outcome(rows), seconds, known, time]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

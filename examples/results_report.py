@@ -11,12 +11,12 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from experiment_figures import error_against_time
 from experiment_methods import ABLATIONS
-from experiment_tables import paper_number, table
+from experiment_tables import outcome, paper_number, table
 
 Record = dict[str, Any]
 EXAMPLES = Path(__file__).parent
@@ -115,7 +115,7 @@ def overview() -> Iterator[str]:
         cells = []
         for task, (_, steps, decimals) in TASKS.items():
             paper = paper_number(*task.rsplit("_", 1), method)
-            cells += [cell(chosen(task, method, steps, 3), decimals), "" if paper is None else f"{paper[0]:.4f}"]
+            cells += [outcome(chosen(task, method, steps, 3), decimals), "" if paper is None else f"{paper[0]:.4f}"]
         yield from row_lines([label, *cells[:-1]], head=False)
     yield from ("", "Over five seeds:", "")
     yield from small_table(list(TASKS), OURS, 5)
@@ -139,7 +139,7 @@ def small_table(tasks: Sequence[str], methods: Sequence[str], seeds: int, length
     """Yield the lines of a table of test errors over tasks, at their usual lengths or at one for all."""
     yield from row_lines(["", *(TASKS[task][0] for task in tasks)])
     for method in methods:
-        cells = [cell(chosen(task, method, length or TASKS[task][1], seeds), TASKS[task][2]) for task in tasks]
+        cells = [outcome(chosen(task, method, length or TASKS[task][1], seeds), TASKS[task][2]) for task in tasks]
         yield from row_lines([LABELS[method], *cells], head=False)
 
 
@@ -155,24 +155,13 @@ def cost_table(records: Sequence[Record]) -> str:
     for method in dict.fromkeys(record["method"] for record in records):
         found = [record for record in records if record["method"] == method]
         seconds = f"{mean(record['seconds'] for record in found):.0f}"
-        lines += row_lines([method, str(len(found)), cell(found, 4), seconds], head=False)
+        lines += row_lines([method, str(len(found)), outcome(found, 4), seconds], head=False)
     return "\n".join(lines)
 
 
 def row_lines(cells: Sequence[str], head: bool = True) -> list[str]:
     """Return a row, and the rule below it if it is the head."""
     return [f"| {' | '.join(cells)} |", *(["|" + "---|" * len(cells)] * head)]
-
-
-def cell(records: Sequence[Record], decimals: int) -> str:
-    """Return mean and standard deviation of the test error, or nothing where nothing was run."""
-    finished = [record["test"] for record in records if record["test"] is not None]
-    if not finished:
-        return "diverged" if records else ""
-    text = f"{mean(finished):.{decimals}f}"
-    text += f" ± {stdev(finished):.{decimals}f}" if len(finished) > 1 else ""
-    diverged = len(records) - len(finished)
-    return f"{text} ({diverged} diverged)" if diverged else text
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import results_report
-from results_report import cell, replaced, reports
+from experiment_tables import outcome
+from results_report import replaced, reports
 
 ROOT = Path(results_report.__file__).parents[1]
 
@@ -23,14 +25,14 @@ def test_the_defaults_are_nowhere_worse_than_the_handcrafted_loss_by_a_standard_
             for method in results_report.OURS[1:]:
                 learned = [record["test"] for record in results_report.chosen(task, method, length, seeds)]
                 if learned:
-                    worse = results_report.mean(learned) - results_report.mean(plain)
-                    assert worse <= results_report.stdev(plain), (task, method, length)
+                    worse = mean(learned) - mean(plain)
+                    assert worse <= stdev(plain), (task, method, length)
 
 
-def test_a_cell_says_what_diverged_and_what_was_not_run() -> None:
+def test_an_outcome_says_what_diverged_and_what_was_not_run() -> None:
     records = [{"test": value} for value in (0.1, None, 0.3)]
-    assert cell(records, 2) == "0.20 ± 0.14 (1 diverged)"
-    assert (cell(records[:1], 3), cell(records[1:2], 3), cell([], 3)) == ("0.100", "diverged", "")
+    assert outcome(records, 2) == "0.20 ± 0.14 (1 diverged)"
+    assert (outcome(records[:1], 3), outcome(records[1:2], 3), outcome([], 3)) == ("0.100", "diverged", "")
 
 
 def test_a_block_is_replaced_and_the_rest_is_left() -> None:

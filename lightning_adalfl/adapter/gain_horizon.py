@@ -97,15 +97,10 @@ class GainHorizon:
 
     def state_dict(self) -> dict[str, Any]:
         """Return θ̄, how far back it lies, and the first task loss."""
-        return {"average": _clones(self._average), "base_steps": self._base_steps, "first": self._first}
+        return {"average": [p.clone() for p in self._average], "base_steps": self._base_steps, "first": self._first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
-        self._average = _clones(state["average"])
+        self._average = [p.clone() for p in state["average"]]  # it is updated in place
         self._base_steps = state["base_steps"]
         self._first = state["first"]
-
-
-def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return copies, since the average is updated in place."""
-    return [tensor.clone() for tensor in tensors]
