@@ -4,83 +4,53 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adalfl.arguments import positive_number, whole_number
-from lightning_adalfl.losses.activations import ACTIVATIONS
-from lightning_adalfl.losses.base import LearnedLoss
-from lightning_adalfl.losses.network import WEIGHT_INITS
-from lightning_adalfl.losses.pairing import check_task
-from lightning_adalfl.losses.representations import representation_of
+from lightning_adalfl.checks import one_of, positive_number, whole_number
+from lightning_adalfl.losses.learned_loss import LearnedLoss
+from lightning_adalfl.losses.tasks import task_named
 
-Method = Literal["forward", "finite_difference", "reverse"]
-Representation = Literal[
-    "network",
-    "ml3",
-    "taylor_cubic",
-    "taylor_quadratic",
-    "taylor_cubic_target_powers",
-    "taylor_quadratic_target_powers",
-]
-Learn = Literal["loss", "lr", "both"]
-MetaData = Literal["val", "train"]
-
-
-def check_method(method: str) -> None:
-    """Raise a ``ValueError`` unless ``method`` names a way to compute the hypergradient."""
-    _check_choice("hypergradient", method, get_args(Method))
+LEARN = ("loss", "lr", "both", "nothing")
+TASK_LOSSES = ("bounded", "handcrafted")
+WAYS = ("forward", "finite_difference", "reverse")
 
 
 @dataclass(frozen=True)
 class AdaLFLConfig:
-    """The hyper-parameters of AdaLFL; checks itself.
+    """The hyper-parameters of AdaLFL; checks itself, and reads no file.
 
     Attributes:
-        task: How predictions and targets become pairs, and the default task loss: ``"multiclass"``, ``"binary"``,
-            ``"multilabel"`` or ``"regression"``.
-        task_loss: The meta-objective L_T, ``task_loss(predictions, target) -> scalar``, or its import path such as
-            ``"torch.nn.functional.l1_loss"``. By default cross-entropy, or the mean squared error for regression.
-        representation: ``"network"`` (section 2.2), ``"ml3"`` (ReLU and Softplus), or a Taylor polynomial:
-            ``"taylor_cubic"``, ``"taylor_quadratic"``, and both with ``"_target_powers"`` behind; see
-            :class:`TaylorLoss`.
-        output_activation: Of ``"network"``, or ``None``.
-        bias: Whether ``"network"`` has biases.
-        weight_init: Of ``"network"``: ``"kaiming_normal"`` or ``"xavier_uniform"``.
-        reduction: Over the outputs: ``"mean"`` (Eq. 3) or ``"sum"``.
-        residual: Whether ``"network"`` is added to the task's handcrafted loss and begins at zero, so that training
-            starts from the handcrafted loss; ``False`` as in the paper.
-        initial_loss: A file of :meth:`LearnedLoss.save`. φ begins with it, in place of a random draw and an offline
-            phase; with ``online=False`` it is the fixed loss of this model. The six fields above are as in the file.
-        meta_lr: η, the learning rate of φ online.
-        lr_meta_lr: The learning rate of log α, for ``learn="lr"`` and ``"both"``.
-        meta_optimizer: A class of ``torch.optim`` by its name.
-        meta_every: A meta step after every this many base steps.
-        meta_data: Where meta batches come from: ``"val"``, the validation data, or ``"train"``.
-        meta_batch_size: Instances in a meta batch; by default the batch size of the loader that they come from.
-        base_fraction: The part of the base batch that the Jacobian-vector product is taken on, chosen at random.
-        hypergradient: ``"forward"`` (exact, forward-mode AD), ``"finite_difference"`` (cheapest, approximate; no AD
-            needed) or ``"reverse"`` (exact, a double backward through the model; the reference).
-        max_gain: The slope of the learned loss is normalised to that of the task loss, times a learned gain in
-            [1, ``max_gain``]; see :class:`~lightning_adalfl.losses.bounded.BoundedLoss`. ``None``, as in the paper,
-            takes the slope as it is, and ``min_cosine``, ``gain_lr`` and ``gain_horizon`` have no part.
-        min_cosine: In (0, 1): where the angle between the two slopes has a smaller cosine, it is brought back to that.
-        gain_lr: The learning rate of the logarithm of the gain, for each base step. The gain takes a step after every
-            tenth base step, or with every meta step where these are rarer, with as many times this rate, up to 0.2.
-        gain_horizon: The base steps through which the effect of the gain on held-out data is followed; 1 for the last
-            one alone.
-        safeguard: Whether training goes back to the last good φ, and then to the task loss, when the task loss on meta
-            batches no longer falls or the hypergradient is not finite; see
-            :class:`~lightning_adalfl.adapter.safeguard.Safeguard`.
-        safeguard_window: The base steps over which the task loss on meta batches is averaged for this; where
-            ``meta_every`` leaves fewer than ten meta steps in them, over ten.
-        learn: ``"loss"``, ``"lr"`` (the learning rate alone: MetaLR, Algorithms 3 and 4) or ``"both"``.
-        online: Whether φ goes on learning in training (Algorithm 2); ``False`` after an offline phase is ML³.
+        task: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``: how predictions and targets become
+            pairs. Always to be given.
+        task_loss: The meta-objective L_T: ``"bounded"``, for classification a generalised cross-entropy, which few
+            confident mistakes cannot rule, and for regression the mean squared error; ``"handcrafted"``, the
+            cross-entropy or mean squared error; or ``task_loss(predictions, target) -> scalar``, or its import path.
+            Set it where you care about something else.
+        ignore_index: The class index that stands for "no target". Set it where your criterion has one.
+        loss: What is learned: ``"network"``, or another preset's name (``"paper"``, ``"ml3"``, ``"taylor_cubic"``,
+            ...); the file of a learned loss; or a :class:`LearnedLoss`. Set it to go on with what another run has
+            learned.
+        own_loss: Whether your own loss is descended, with its slope bent by the learned one; ``False`` descends the
+            learned loss alone, as the paper does.
+        learn: ``"loss"``, the shape alone; ``"lr"``, the learning rate alone (MetaLR); ``"both"``; or ``"nothing"``, to
+            watch influence. Set it to ``"both"`` where you have not tuned the rate.
+        meta_lr: η, the learning rate of φ, for each base step. Lower it where the end of training is behind its best.
+        lr_meta_lr: The learning rate of the logarithm of α, for each base step.
+        meta_optimizer: A class of ``torch.optim`` by its name; rarely to be changed.
+        meta_every: A meta step after every this many base steps, which moves φ as many times. 1 costs 2.7 times
+            ordinary training, 10 costs 1.2. ``None`` for no meta step: a fixed loss, or ML³ after an offline phase.
+        meta_data: The held-out data of the meta-objective: ``"val"``, ``"train"``, the index of one of several
+            validation loaders, or a loader. Set it where the validation data have another use.
+        meta_batch_size: Instances in a meta batch; by default as many as in a training batch.
+        hypergradient: ``"forward"`` (exact), ``"finite_difference"`` (a little cheaper, and approximate),
+            ``"reverse"`` (exact; a double backward), or a :class:`JacobianProduct`. Set it where an error says so.
+        optimizer: Which of several optimizers takes the base step, by its index. Set it where there are several.
 
     Raises:
         ValueError: For a value out of range or an unknown name.
@@ -88,106 +58,75 @@ class AdaLFLConfig:
     """
 
     task: str
-    task_loss: Callable[[Tensor, Tensor], Tensor] | str | None = None
-    representation: str = "network"
-    output_activation: str | None = None
-    bias: bool = False
-    weight_init: str = "kaiming_normal"
-    reduction: str = "mean"
-    residual: bool = True
-    initial_loss: str | None = None
-    meta_lr: float = 1e-4
+    task_loss: Callable[..., Tensor] | str = "bounded"
+    ignore_index: int | None = None
+    loss: str | os.PathLike[str] | LearnedLoss = "network"
+    own_loss: bool = True
+    learn: str = "loss"
+    meta_lr: float = 1e-3
     lr_meta_lr: float = 1e-3
     meta_optimizer: str = "Adam"
-    meta_every: int = 1
-    meta_data: str = "val"
+    meta_every: int | None = 10
+    meta_data: Any = field(default="val")
     meta_batch_size: int | None = None
-    base_fraction: float = 1.0
-    hypergradient: str = "forward"
-    max_gain: float | None = 10.0
-    min_cosine: float = 0.95
-    gain_lr: float = 1e-2
-    gain_horizon: int = 100
-    safeguard: bool = True
-    safeguard_window: int = 50
-    learn: str = "loss"
-    online: bool = True
+    hypergradient: Any = field(default="forward")
+    optimizer: int | None = None
 
     def __post_init__(self) -> None:
-        check_task(self.task)
-        _check_choice("representation", self.representation, get_args(Representation))
-        _check_choice("reduction", self.reduction, ("mean", "sum"))
-        _check_choice("weight_init", self.weight_init, WEIGHT_INITS)
-        if self.output_activation is not None:
-            _check_choice("output_activation", self.output_activation, ACTIVATIONS)
-        _check_choice("learn", self.learn, get_args(Learn))
-        _check_choice("meta_data", self.meta_data, get_args(MetaData))
-        check_method(self.hypergradient)
+        if self.ignore_index is not None:
+            whole_number("ignore_index", self.ignore_index, -(2**63))
+        task_named(self.task, self.ignore_index)
+        if not isinstance(self.own_loss, bool):
+            raise TypeError(f"`own_loss` must be True or False; got {self.own_loss!r}.")
+        one_of("learn", self.learn, LEARN)
+        if self.learn in ("lr", "nothing") and (self.loss != "network" or not self.own_loss):
+            raise ValueError(
+                f"`loss` and `own_loss` have no use with `learn={self.learn!r}`, which trains with your own loss; "
+                f"got loss={self.loss!r}, own_loss={self.own_loss}. Leave them out, or choose `learn='loss'`."
+            )
+        self._check_loss()
         positive_number("meta_lr", self.meta_lr)
         positive_number("lr_meta_lr", self.lr_meta_lr)
-        whole_number("meta_every", self.meta_every)
-        if self.meta_batch_size is not None:
-            whole_number("meta_batch_size", self.meta_batch_size)
-        positive_number("base_fraction", self.base_fraction)
-        if self.base_fraction > 1:
-            raise ValueError(f"`base_fraction` must lie in (0, 1], a part of the batch; got {self.base_fraction}.")
-        if self.base_fraction < 1 and self.hypergradient == "reverse":
-            raise ValueError(
-                f"`base_fraction` must be 1 with `hypergradient='reverse'`, which differentiates whole batches; got "
-                f"{self.base_fraction}. Choose 'forward' or 'finite_difference'."
-            )
-        positive_number("gain_lr", self.gain_lr)
-        whole_number("gain_horizon", self.gain_horizon)
-        positive_number("min_cosine", self.min_cosine)
-        if self.min_cosine >= 1:
-            raise ValueError(f"`min_cosine` must lie in (0, 1), such as 0.95; got {self.min_cosine}.")
-        if self.max_gain is not None:
-            positive_number("max_gain", self.max_gain)
-            if self.max_gain <= 1:
-                raise ValueError(f"`max_gain` must be more than 1, or None for no bounds; got {self.max_gain}.")
-        whole_number("safeguard_window", self.safeguard_window)
-        for name in ("bias", "online", "residual", "safeguard"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"`{name}` must be True or False; got {getattr(self, name)!r}.")
+        for name, least in (("meta_every", 1), ("meta_batch_size", 1), ("optimizer", 0)):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), least)
         optimizer = getattr(torch.optim, str(self.meta_optimizer), None)
         if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer) and optimizer is not Optimizer):
             raise ValueError(
                 f"`meta_optimizer` must name a class of torch.optim, such as 'Adam'; got {self.meta_optimizer!r}."
             )
-        if isinstance(self.task_loss, str):
-            object.__setattr__(self, "task_loss", _imported(self.task_loss))
-        elif self.task_loss is not None and not callable(self.task_loss):
-            raise TypeError(f"`task_loss` must be callable, an import path, or None; got {self.task_loss!r}.")
-        if self.initial_loss is not None:
-            self._take_over_structure()
-
-    def _take_over_structure(self) -> None:
-        """Give the fields that describe the loss the values that they have in ``initial_loss``."""
-        if not isinstance(self.initial_loss, (str, os.PathLike)):
-            raise TypeError(f"`initial_loss` must be the path of a saved loss, or None; got {self.initial_loss!r}.")
-        path = os.fspath(self.initial_loss)
-        if not self.learns_loss:
-            raise ValueError(f"`initial_loss` {path!r} has no use with `learn='lr'`, which trains with the task loss.")
-        try:
-            loss = LearnedLoss.load(path)
-            structure = representation_of(loss)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`initial_loss` {path!r} cannot be used: {error}.") from error
-        if loss.task != self.task:
-            raise ValueError(
-                f"`initial_loss` {path!r} is for task {loss.task!r} and `task` is {self.task!r}: its predictions are "
-                "of another kind. Give a loss that was learned on the same kind of task."
+        if isinstance(self.meta_data, str):
+            one_of("meta_data", self.meta_data, ("val", "train"))
+        elif self.meta_data is None or (isinstance(self.meta_data, int) and self.meta_data < 0):
+            raise ValueError(f"`meta_data` must be 'val', 'train', an index from 0 or a loader; got {self.meta_data}.")
+        if isinstance(self.hypergradient, str):
+            one_of("hypergradient", self.hypergradient, WAYS)
+        elif not callable(self.hypergradient):
+            raise TypeError(
+                f"`hypergradient` must be one of {WAYS} or a JacobianProduct; got {self.hypergradient!r}."
             )
-        object.__setattr__(self, "initial_loss", path)
-        for name in ("representation", "output_activation", "bias", "weight_init", "reduction", "residual"):
-            given, found = getattr(self, name), structure.get(name, _DEFAULTS[name])
-            if given not in (found, _DEFAULTS[name]):
-                raise ValueError(f"`{name}` is {found!r} in `initial_loss` {path!r}; got {given!r}. Leave it out.")
-            object.__setattr__(self, name, found)
+        if isinstance(self.task_loss, str) and self.task_loss not in TASK_LOSSES:
+            object.__setattr__(self, "task_loss", _imported(self.task_loss))
+        elif not isinstance(self.task_loss, str) and not callable(self.task_loss):
+            raise TypeError(
+                f"`task_loss` must be one of {TASK_LOSSES}, callable, or an import path; got {self.task_loss!r}."
+            )
+
+    def _check_loss(self) -> None:
+        if isinstance(self.loss, LearnedLoss):
+            if self.loss.task != self.task:
+                raise ValueError(
+                    f"`loss` is for task {self.loss.task!r} and `task` is {self.task!r}: its predictions are of "
+                    "another kind. Give a loss of the same kind of task."
+                )
+        elif isinstance(self.loss, os.PathLike):
+            object.__setattr__(self, "loss", os.fspath(self.loss))
+        elif not isinstance(self.loss, str):
+            raise TypeError(f"`loss` must be a preset's name, a file, or a LearnedLoss; got {self.loss!r}.")
 
     @classmethod
     def paper(cls, task: str, **changes: Any) -> AdaLFLConfig:
-        """Return the paper's own recipe: the network alone, no bounds, no safeguard, η = 1e-5.
+        """Return the paper's own recipe: the network alone, a meta step after each base step, η = 1e-5.
 
         To be used with ``AdaLFLInit.paper()``.
 
@@ -195,28 +134,37 @@ class AdaLFLConfig:
             task: As above.
             **changes: Fields that are to differ.
         """
-        recipe = {"residual": False, "max_gain": None, "safeguard": False, "meta_lr": 1e-5}
+        learn = changes.get("learn", "loss")
+        recipe: dict[str, Any] = {"meta_lr": 1e-5, "meta_every": 1, "task_loss": "handcrafted"}
+        if learn in ("loss", "both"):
+            recipe.update(loss="paper", own_loss=False)
         return cls(task, **{**recipe, **changes})
 
     @property
     def learns_loss(self) -> bool:
-        """Whether φ is learned."""
-        return self.learn != "lr"
+        """Whether there is a learned loss."""
+        return self.learn in ("loss", "both")
 
     @property
     def learns_lr(self) -> bool:
         """Whether the base learning rate is learned."""
-        return self.learn != "loss"
+        return self.learn in ("lr", "both")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, fit for a checkpoint, a YAML file or a logger.
 
-        A ``task_loss`` becomes its import path; one that has none (a lambda, a local function) is left out and must be
-        given again where the dictionary is read.
+        A function or class becomes its import path, a learned loss its description. What has neither (a lambda, a
+        loader) becomes ``{"given": ...}``, which :meth:`from_dict` refuses by name: it must be given again there.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
         if callable(self.task_loss):
-            values["task_loss"] = _import_path(self.task_loss)
+            values["task_loss"] = _import_path(self.task_loss) or {"given": _in_words(self.task_loss)}
+        if isinstance(self.loss, LearnedLoss):
+            values["loss"] = {"given": type(self.loss).__name__}
+        if not isinstance(self.meta_data, (str, int)):
+            values["meta_data"] = {"given": _in_words(self.meta_data)}
+        if not isinstance(self.hypergradient, str):
+            values["hypergradient"] = {"given": type(self.hypergradient).__name__}
         return values
 
     @classmethod
@@ -224,24 +172,22 @@ class AdaLFLConfig:
         """Build a configuration from what :meth:`to_dict` returned.
 
         Raises:
-            ValueError: For a key that is no field.
+            ValueError: For a key that is no field, or an object that a dictionary cannot hold.
         """
-        known = {field.name for field in fields(cls)}
+        known = {item.name for item in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"`adalfl` has unknown fields {unknown}; known are {sorted(known)}.")
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                raise ValueError(
+                    f"`{name}` was {value.get('given')}, an object that cannot be read back; give the configuration "
+                    f"again: adalfl=AdaLFLConfig(..., {name}=...)."
+                )
         return cls(**values)
 
 
-_DEFAULTS = {field.name: field.default for field in fields(AdaLFLConfig)}
-
-
-def _check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
-
-
-def _imported(path: str) -> Callable[[Tensor, Tensor], Tensor]:
+def _imported(path: str) -> Callable[..., Tensor]:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name) if module else None
@@ -249,7 +195,8 @@ def _imported(path: str) -> Callable[[Tensor, Tensor], Tensor]:
         raise ValueError(f"`task_loss` {path!r} cannot be imported: {error}.") from error
     if not callable(found):
         raise ValueError(
-            f"`task_loss` must be the import path of a function, such as 'torch.nn.functional.l1_loss'; got {path!r}."
+            f"`task_loss` must be one of {TASK_LOSSES}, or the import path of a function, such as "
+            f"'torch.nn.functional.l1_loss'; got {path!r}."
         )
     return found
 
@@ -261,3 +208,7 @@ def _import_path(function: Callable[..., Any]) -> str | None:
     except ImportError:
         found = None
     return f"{module}.{name}" if found is function else None
+
+
+def _in_words(value: object) -> str:
+    return getattr(value, "__qualname__", None) or type(value).__name__

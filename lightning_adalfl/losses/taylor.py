@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lightning_adalfl.losses.base import LearnedLoss
-
-Order = Literal["quadratic", "cubic"]
-Form = Literal["target_powers", "prediction_powers"]
+from lightning_adalfl.checks import one_of
+from lightning_adalfl.losses.learned_loss import LearnedLoss
 
 
 class TaylorLoss(LearnedLoss):
@@ -36,18 +34,18 @@ class TaylorLoss(LearnedLoss):
         self, task: str, order: str = "cubic", form: str = "prediction_powers", reduction: str = "mean"
     ) -> None:
         super().__init__(task, reduction)
-        if not isinstance(order, str) or order not in get_args(Order):
-            raise ValueError(f"`order` must be 'quadratic' or 'cubic'; got {order!r}.")
-        if not isinstance(form, str) or form not in get_args(Form):
-            raise ValueError(f"`form` must be 'target_powers' or 'prediction_powers'; got {form!r}.")
-        self.order = order
-        self.form = form
+        self.order = one_of("order", order, ("quadratic", "cubic"))
+        self.form = one_of("form", form, ("target_powers", "prediction_powers"))
         self.coefficients = nn.Parameter(torch.empty(8))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw φ afresh from N(0, 0.001²)."""
         nn.init.normal_(self.coefficients, std=1e-3)
+
+    def start_at_zero(self) -> None:
+        """Make every coefficient zero, the centre included."""
+        nn.init.zeros_(self.coefficients)
 
     def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the polynomial's value element-wise."""
@@ -59,3 +57,11 @@ class TaylorLoss(LearnedLoss):
         if self.order == "cubic":
             value = value + c4 * db**3 / 6 + c6 * da * db**2 / 2 + c7 * da**2 * (b - (c0 if by_target else c1)) / 2
         return value
+
+
+TaylorLoss.presets = {
+    "taylor_cubic": TaylorLoss,
+    "taylor_quadratic": partial(TaylorLoss, order="quadratic"),
+    "taylor_cubic_target_powers": partial(TaylorLoss, form="target_powers"),
+    "taylor_quadratic_target_powers": partial(TaylorLoss, order="quadratic", form="target_powers"),
+}

@@ -1,0 +1,347 @@
+"""Lightning's hooks; put left of a LightningModule."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_adalfl.adapter import checkpoint as checkpoints
+from lightning_adalfl.adapter.clipping import clipping_seen
+from lightning_adalfl.adapter.lightning_private import (
+    is_own,
+    package_of,
+    returns_from_processes,
+    step_arguments,
+    wants_logs,
+)
+from lightning_adalfl.adapter.meta_batches import meta_loader
+from lightning_adalfl.adapter.offline import draw_parameters
+from lightning_adalfl.adapter.online import OnlineRun
+from lightning_adalfl.adapter.refusals import base_optimizer, check_trainer, checked_predict, watched_metrics
+from lightning_adalfl.config import AdaLFLConfig
+from lightning_adalfl.learning.meta_learner import MetaLearner
+from lightning_adalfl.learning.optimizer_vjp import ClipByNorm, ClipByValue
+
+# Lightning collects hyper-parameters from frames whose code has the cell that the bare name makes.
+_super = super
+_given: ContextVar[Any] = ContextVar("adalfl", default=None)
+_KEY = "_adalfl"
+
+
+class AdaLFLMixin:
+    """Trains a LightningModule with a loss that learns (Algorithm 2).
+
+    Put it left of the module::
+
+        class AdaClassifier(AdaLFLMixin, LitClassifier):
+            pass
+
+        model = AdaClassifier(lr=0.01, adalfl=AdaLFLConfig(task="multiclass"))
+
+    The module's own ``training_step`` runs as it is, and its own loss is what begins to be descended; see
+    :class:`~lightning_adalfl.losses.training_objective.BentLoss` for what a meta step changes. What is learned is no
+    part of the module: its parameters, ``state_dict`` and hooks are those of the plain one.
+
+    Args:
+        *args: Of the module.
+        adalfl: The hyper-parameters. They may be left out where a checkpoint is loaded, which has them.
+        **kwargs: Of the module.
+
+    Attributes:
+        adalfl: The :class:`~lightning_adalfl.learning.meta_learner.MetaLearner`: the learned loss and its counters.
+
+    Raises:
+        TypeError: If ``adalfl`` is of another type, or where a subclass is defined that is no LightningModule, or whose
+            own method would hide one of this class.
+    """
+
+    adalfl: MetaLearner | None
+    _adalfl_run: OnlineRun | None = None
+    _adalfl_processes: list[dict[str, Any]] | None = None
+    _adalfl_offline: Any = None
+    _adalfl_comes_back: bool = False
+
+    def __init__(self, *args: Any, adalfl: AdaLFLConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        config = _given.get() if adalfl is None else adalfl
+        if isinstance(config, Mapping):
+            config = AdaLFLConfig.from_dict(config)
+        if config is not None and not isinstance(config, AdaLFLConfig):
+            raise TypeError(
+                f"`adalfl` must be an AdaLFLConfig, such as AdaLFLConfig(task='multiclass'); got {adalfl!r}."
+            )
+        _super(AdaLFLMixin, self).__init__(*args, **kwargs)
+        self.adalfl = None if config is None else MetaLearner(config)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if package_of(cls) is None:
+            raise TypeError(
+                f"{cls.__name__} is no LightningModule; put AdaLFLMixin left of yours: "
+                f"class {cls.__name__}(AdaLFLMixin, YourModule)."
+            )
+        for name in ("training_step", "on_save_checkpoint", "on_load_checkpoint"):
+            owner = next(base for base in cls.__mro__ if name in base.__dict__)
+            if getattr(cls, name) is not getattr(AdaLFLMixin, name) and not _calls_super(owner, name):
+                remedy = (
+                    "move it to a base class right of AdaLFLMixin"
+                    if owner is cls
+                    else f"put AdaLFLMixin left of {owner.__name__}: class {cls.__name__}(AdaLFLMixin, "
+                    f"{owner.__name__})"
+                )
+                raise TypeError(f"{owner.__name__}.{name} hides that of AdaLFLMixin in {cls.__name__}; {remedy}.")
+        _give_signature(cls)
+
+    # What a user may override.
+
+    def adalfl_predict(self, batch: Any) -> tuple[Tensor, ...]:
+        """Return ``(predictions, target)`` of a batch, or ``(predictions, target, weight)``; by default ``self(x), y``.
+
+        Predictions are raw: logits, or values. The weight, or mask, has the shape of the target. On a training batch it
+        is answered with what the training step has computed; on held-out batches it is what predicts, so that it must
+        not log or count.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ValueError(
+                f"a batch is {type(batch).__name__} and not a pair (x, y); override `adalfl_predict(batch)` in "
+                f"{type(self).__name__} to return (predictions, target) from it."
+            )
+        x, y = batch
+        return self(x), y  # type: ignore[operator]
+
+    def adalfl_meta_dataloader(self) -> Any:
+        """Return the loader of meta batches; by default one over the data that ``meta_data`` names."""
+        return meta_loader(self._trainer, self._adalfl_learner().config)  # type: ignore[attr-defined]
+
+    def adalfl_reset_parameters(self) -> None:
+        """Draw the base parameters afresh, for the offline phase; by default ``reset_parameters`` of every submodule.
+
+        Parameters that no submodule draws keep their initial values.
+        """
+        draw_parameters(self)  # type: ignore[arg-type]
+
+    # What Lightning calls, in its order.
+
+    def setup(self, stage: str) -> None:
+        """Begin a fit afresh, and refuse what cannot be right before anything is spent on it."""
+        super().setup(stage)  # type: ignore[misc]
+        if stage == "fit":
+            self._adalfl_close()
+            self._adalfl_learner()
+            check_trainer(self.trainer)  # type: ignore[attr-defined]
+
+    def on_fit_start(self) -> None:
+        """Run the offline phase, where a callback asks for one."""
+        super().on_fit_start()  # type: ignore[misc]
+        learner, trainer = self._adalfl_learner(), self.trainer  # type: ignore[attr-defined]
+        learner.to(self.device)  # type: ignore[attr-defined]
+        watched = watched_metrics(trainer.callbacks)
+        if learner.config.meta_data == "val" and learner.config.meta_every is not None and watched:
+            _warn(
+                f"Callbacks monitor {watched}, and with `meta_data='val'` the learned loss is trained on the "
+                "validation data, so these metrics are optimistic. Hold out other data for them."
+            )
+        phase, self._adalfl_offline = self._adalfl_offline, None
+        if phase is not None:
+            phase()
+        # Random states of a resumed run are put back before the loaders draw their order.
+        self._adalfl_online()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        """See that the run is that of this fit, before its optimizer steps."""
+        self._adalfl_online()
+        return super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
+
+    # The compiler would trace into the meta step, which makes and drops graphs of its own.
+    @torch.compiler.disable
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Run the module's own training step; its loss is returned, or what is descended in place of it."""
+        own = super().training_step  # type: ignore[misc]
+        if is_own(own):
+            return own(batch, batch_idx)
+        arguments = step_arguments(own, batch, batch_idx)
+        output, descent = self._adalfl_online().run(lambda: own(*arguments), batch)
+        if descent is None:
+            return output
+        return {**output, "loss": descent.loss} if isinstance(output, Mapping) else descent.loss
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Clear the gradients, and forget the forwards that they came from."""
+        self._adalfl_online().zero_grad()
+        super().optimizer_zero_grad(epoch, batch_idx, optimizer)  # type: ignore[misc]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the module does, and note how, so that the hypergradient passes through it."""
+        own = super().configure_gradient_clipping  # type: ignore[misc]
+        arguments = (optimizer, gradient_clip_val, gradient_clip_algorithm)
+        run = self._adalfl_online()
+        if is_own(own) or not run.wants_clipping:
+            own(*arguments)
+            return
+        run.clipping = None
+        with clipping_seen(run.base_step.parameters) as seen:
+            own(*arguments)
+        if run.clipping is None and seen.clipping is not None:
+            run.note_clipping(seen.clipping)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and note how."""
+        trainer, run = self.trainer, self._adalfl_online()  # type: ignore[attr-defined]
+        value = gradient_clip_val if gradient_clip_val is not None else trainer.gradient_clip_val
+        algorithm = gradient_clip_algorithm or trainer.gradient_clip_algorithm or "norm"
+        is_by_value = str(getattr(algorithm, "value", algorithm)).lower() == "value"
+        total = run.gradient_norm() if value and run.wants_clipping and not is_by_value else None
+        super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)  # type: ignore[misc]
+        if value and run.wants_clipping:
+            run.note_clipping(ClipByValue(float(value)) if total is None else ClipByNorm(float(value), total))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the scalars under ``adalfl/``: at the first step, an epoch's last, and where the loggers take them."""
+        super().on_train_batch_end(outputs, batch, batch_idx)  # type: ignore[misc]
+        learner, trainer = self._adalfl_learner(), self.trainer  # type: ignore[attr-defined]
+        if trainer.barebones:
+            return
+        # Logging costs as much as a small model's step, and the loggers drop what comes in between.
+        is_end = learner.base_steps <= 1 or trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if is_end or wants_logs(trainer):
+            with warnings.catch_warnings():
+                if rank_zero_only.rank:
+                    warnings.simplefilter("ignore")
+                learner.warn_of_skipped()
+            self.log_dict(learner.scalars, batch_size=1)  # type: ignore[attr-defined]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is learned under a key of its own: the rest is the plain module's checkpoint."""
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        if self.adalfl is not None:
+            checkpoints.save(self, self.adalfl, self._adalfl_run, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what is learned; from a plain module's checkpoint, φ stays as it is."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        if self.adalfl is None:
+            self.adalfl = checkpoints.learner_of(checkpoint)
+        elif self.adalfl is not None:
+            self._adalfl_processes = checkpoints.load(self.adalfl, checkpoint)
+
+    def teardown(self, stage: str) -> None:
+        """Let go of what belongs to this fit alone."""
+        super().teardown(stage)  # type: ignore[misc]
+        if stage == "fit" and self.adalfl is not None:
+            self._adalfl_close()
+            self.adalfl.to("cpu")
+            # A process that was started for this fit gives back its `state_dict` alone.
+            self._adalfl_comes_back = returns_from_processes(self.trainer)  # type: ignore[attr-defined]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the plain module's; at the end of a fit in another process, with what is learned beside it."""
+        state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        if self._adalfl_comes_back and self.adalfl is not None:
+            state[_KEY] = self.adalfl.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load the plain module's; what is learned is taken over where it stands beside it."""
+        if _KEY in state_dict and self.adalfl is not None:
+            self.adalfl.load_state_dict(state_dict[_KEY])
+            state_dict = {name: value for name, value in state_dict.items() if name != _KEY}
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+
+    # Hyper-parameters: the plain module's, whatever form they have.
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, adalfl: Any = None, **kwargs: Any) -> Any:
+        """Load a checkpoint of this class or of the plain one; ``adalfl`` replaces the configuration in it."""
+        token = _given.set(adalfl)
+        try:
+            return super().load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _given.reset(token)
+
+    def save_hyperparameters(
+        self, *args: Any, ignore: str | Iterable[str] | None = None, frame: Any = None, **kwargs: Any
+    ) -> None:
+        """Save the plain module's hyper-parameters."""
+        ignored = [ignore] if isinstance(ignore, str) else list(ignore or ())
+        frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
+        super().save_hyperparameters(*args, ignore=[*ignored, "adalfl"], frame=frame, **kwargs)  # type: ignore[misc]
+
+    # Of this library.
+
+    def _adalfl_learner(self) -> MetaLearner:
+        if self.adalfl is None:
+            raise ValueError(
+                f"{type(self).__name__} has no configuration to learn with; give one: "
+                f"{type(self).__name__}(..., adalfl=AdaLFLConfig(task='multiclass'))."
+            )
+        return self.adalfl
+
+    def _adalfl_online(self) -> OnlineRun:
+        """Return the run of this fit, made on demand: a learning-rate finder trains before `on_fit_start`."""
+        learner, trainer, run = self._adalfl_learner(), self.trainer, self._adalfl_run  # type: ignore[attr-defined]
+        optimizer = base_optimizer(trainer, learner)
+        if run is None or run.trainer is not trainer or run.optimizer is not optimizer:
+            self._adalfl_close()
+            says_how = type(self).adalfl_predict is not AdaLFLMixin.adalfl_predict
+            run = OnlineRun(self, learner, optimizer, checked_predict(self), says_how, self.adalfl_meta_dataloader)
+            self._adalfl_run = run
+            processes, self._adalfl_processes = self._adalfl_processes, None
+            checkpoints.resume(self, run, processes)
+        return run
+
+    def _adalfl_close(self) -> None:
+        run, self._adalfl_run = self._adalfl_run, None
+        if run is not None:
+            run.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the module, as weight averaging makes one, has no part in the fit that is under way.
+        state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
+        return {**state, "_adalfl_run": None, "_adalfl_offline": None}
+
+
+def _calls_super(owner: type, name: str) -> bool:
+    return "super" in owner.__dict__[name].__code__.co_names
+
+
+def _give_signature(cls: type) -> None:
+    """Let a class show the arguments of the plain module's constructor, with ``adalfl`` beside them."""
+    plain = next(
+        (base for base in cls.__mro__[1:] if "__init__" in base.__dict__ and not issubclass(base, AdaLFLMixin)), None
+    )
+    if "__init__" in cls.__dict__ or plain is None:
+        return
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        _super(cls, self).__init__(*args, **kwargs)
+
+    signature = inspect.signature(plain.__init__)  # type: ignore[misc]
+    own = [p for p in signature.parameters.values() if p.name != "adalfl"]
+    given = inspect.Parameter("adalfl", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=AdaLFLConfig)
+    place = len(own) - any(p.kind is p.VAR_KEYWORD for p in own)
+    own.insert(place, given)
+    __init__.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    __init__.__qualname__ = f"{cls.__qualname__}.__init__"
+    cls.__init__ = __init__  # type: ignore[misc]
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,98 @@
+"""What modules keep beside parameters and buffers: hidden states, counters, generators of their own."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_CONTAINERS = (list, dict, set, deque)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# What torch itself keeps there; its contents have owners of their own.
+_TORCH = frozenset(vars(nn.Module()))
+
+
+class ModuleState:
+    """The Python attributes of modules that a training step changes.
+
+    Which these are shows when the first step has run: :meth:`find_changing` compares. Later only those are kept.
+
+    Args:
+        modules: The modules.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._names: list[tuple[nn.Module, str]] | None = None
+
+    def capture(self) -> list[tuple[nn.Module, str, Any, Any]]:
+        """Return the attributes and what they hold, to be given to :meth:`restore`."""
+        names = self._names
+        if names is None:
+            names = [(m, name) for m in self._modules for name in vars(m) if name not in _TORCH]
+        return [(m, name, value := vars(m).get(name, _ABSENT), _content(value)) for m, name in names]
+
+    def find_changing(self, before: list[tuple[nn.Module, str, Any, Any]]) -> None:
+        """Keep from now on what differs from ``before``, which was captured before the first step."""
+        known = {(id(m), name) for m, name, _, _ in before}
+        new = [(m, name) for m in self._modules for name in vars(m) if name not in _TORCH]
+        changed = [(m, name) for m, name, value, content in before if _differs(vars(m).get(name, _ABSENT), value, content)]
+        self._names = [*changed, *((m, name) for m, name in new if (id(m), name) not in known)]
+
+    @staticmethod
+    def restore(state: list[tuple[nn.Module, str, Any, Any]]) -> None:
+        """Put back what :meth:`capture` returned."""
+        for module, name, value, content in state:
+            attributes = vars(module)
+            if value is _ABSENT:
+                attributes.pop(name, None)
+                continue
+            attributes[name] = value
+            if type(value) in _CONTAINERS:
+                value.clear()
+                (value.update if type(value) in (dict, set) else value.extend)(content)
+            elif isinstance(value, _GENERATORS):
+                _set_generator(value, content)
+
+
+_ABSENT = object()
+
+
+def _content(value: Any) -> Any:
+    if type(value) in _CONTAINERS:
+        return copy.copy(value)
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return copy.deepcopy(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return value.get_state()
+    return value.getstate() if isinstance(value, random.Random) else None
+
+
+def _set_generator(value: Any, content: Any) -> None:
+    if isinstance(value, torch.Generator):
+        value.set_state(content)
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = content
+    elif isinstance(value, np.random.RandomState):
+        value.set_state(content)
+    else:
+        value.setstate(content)
+
+
+def _differs(now: Any, value: Any, content: Any) -> bool:
+    if now is not value:
+        return True
+    if type(value) is dict:
+        return value.keys() != content.keys() or any(value[key] is not content[key] for key in content)
+    if type(value) in (list, deque):
+        return len(value) != len(content) or any(a is not b for a, b in zip(value, content))
+    # A generator may be drawn from in any step, also where the first one did not.
+    return isinstance(value, _GENERATORS) or (type(value) is set and value != content)

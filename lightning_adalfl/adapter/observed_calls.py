@@ -1,0 +1,251 @@
+"""A module's outermost calls: observed as they happen, answered from memory, evaluated again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_adalfl.learning.jvp import JacobianProduct
+from lightning_adalfl.learning.recorded_forward import TorchState, Using
+from lightning_adalfl.learning.torch_private import (
+    InterceptedCalls,
+    is_compiled,
+    map_tensors,
+    tensors_in,
+    version,
+)
+
+
+@dataclass
+class Call:
+    """One outermost call whose output carries a graph.
+
+    Attributes:
+        module: What was called.
+        args: Its arguments; containers copied, tensors as they are.
+        kwargs: Likewise.
+        versions: Of the tensors among them, when it was called.
+        before: torch's random state before the call.
+        after: And after it.
+        output: What it returned.
+        returned: Copies that the step got in place of it, or the very output.
+        kept: What an evaluation may use.
+        leaves: What stands for its outputs where it was answered, by their place.
+        given: The copies of these that the answer is made of.
+        is_answered: Whether it has been.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int]
+    before: TorchState
+    after: TorchState
+    output: Any
+    returned: Any
+    kept: Any
+    leaves: dict[int, Tensor] = field(default_factory=dict)
+    given: dict[int, Tensor] = field(default_factory=dict)
+    is_answered: bool = False
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return tensors_in((self.args, self.kwargs))
+
+    @property
+    def inputs_have_changed(self) -> bool:
+        """Whether an argument was changed in place after the call."""
+        return [version(t) for t in self.inputs] != self.versions
+
+
+class ObservedCalls:
+    """Watches the outermost calls of a module and its submodules in a training step.
+
+    Args:
+        module: The user's module.
+        device: Where it draws random numbers.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self.modules = list(_outside_the_compiler(module))
+        self._intercepted = InterceptedCalls(self.modules, self._handle)
+        self._on_call: Callable[..., Any] | None = None
+        self._depth = 0
+        self._on_first: Callable[[], None] | None = None
+        # Calls whose output the step changes in place: known once the first step has run, until then all.
+        self._changed: set[tuple[int, int]] | None = None
+        self.calls: list[Call] = []
+        self.answers: list[Call] = []
+        self.has_run = False  # a module, in place of being answered
+
+    def _handle(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._depth or self._on_call is None:
+            return call(*args, **kwargs)
+        return self._on_call(module, call, args, kwargs)
+
+    @contextmanager
+    def _handling(self, on_call: Callable[..., Any]) -> Iterator[None]:
+        self._on_call, self._depth = on_call, 0
+        try:
+            with self._intercepted:
+                yield
+        finally:
+            self._on_call = None
+
+    def _run(self, call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        self._depth += 1
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._depth -= 1
+
+    @contextmanager
+    def observing(self, way: JacobianProduct | None, on_first: Callable[[], None] | None = None) -> Iterator[None]:
+        """Observe the calls in the body.
+
+        Args:
+            way: Says what of each call is kept for an evaluation; ``None`` for nothing.
+            on_first: Is run before the first call.
+        """
+
+        def observed(module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._on_first is not None:
+                self._on_first()
+                self._on_first = None
+            before = TorchState.capture(self._device)
+            args, kwargs = map_tensors(lambda t: t, (args, kwargs))
+            versions = [version(t) for t in tensors_in((args, kwargs))]
+            with nullcontext() if way is None else way.keeping(module) as kept:
+                output = self._run(call, args, kwargs)
+            if not any(t.requires_grad for t in tensors_in(output)):
+                return output
+            place = (id(module), sum(c.module is module for c in self.calls))
+            is_changed = self._changed is None or place in self._changed
+            # A copy for the step to change: the output itself stays what the module gave, graph and all.
+            returned = map_tensors(_copy, output) if is_changed else output
+            after = TorchState.capture(self._device)
+            self.calls.append(Call(module, args, kwargs, versions, before, after, output, returned, kept))
+            return returned
+
+        self.calls, self.answers, self._on_first = [], [], on_first
+        with self._handling(observed):
+            yield
+        if self._changed is None:
+            self._find_changed()
+
+    def _find_changed(self) -> None:
+        self._changed = set()
+        seen: dict[int, int] = {}
+        for call in self.calls:
+            place = (id(call.module), seen.setdefault(id(call.module), 0))
+            seen[id(call.module)] += 1
+            if any(version(t) for t in tensors_in(call.returned) if t.requires_grad):
+                self._changed.add(place)
+
+    @contextmanager
+    def answering(self, choose: Callable[[Sequence[Call], tuple[Any, ...], dict[str, Any]], Call]) -> Iterator[None]:
+        """Answer the calls in the body with leaves in place of what was observed; others run as they are.
+
+        Args:
+            choose: Returns the one of several observed calls of a module that is meant, given the arguments.
+        """
+
+        def answered(module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            left = [c for c in self.calls if c.module is module and not c.is_answered]
+            if not left or not torch.is_grad_enabled():
+                self.has_run = True
+                return call(*args, **kwargs)
+            known = choose(left, args, kwargs)
+            known.is_answered = True
+            self.answers.append(known)
+            known.after.restore()
+            count = iter(range(len(tensors_in(known.output))))
+
+            def leaf(tensor: Tensor) -> Tensor:
+                place = next(count)
+                if not tensor.requires_grad:
+                    return tensor
+                known.leaves[place] = tensor.detach().requires_grad_()
+                known.given[place] = known.leaves[place].clone()  # a leaf itself must not be changed in place
+                return known.given[place]
+
+            return map_tensors(leaf, known.output)
+
+        with self._handling(answered):
+            yield
+
+    def evaluate(
+        self, predict: Callable[[], Any], answers: Sequence[Call], wanted: Iterable[tuple[int, int]], using: Using
+    ) -> list[Tensor]:
+        """Run the answered calls again, with the inputs and random numbers that they had.
+
+        Args:
+            predict: What the calls were answered in.
+            answers: The calls, in the order in which they were answered.
+            wanted: The outputs, each by its call and its place there.
+            using: Makes what was kept of a call available.
+
+        Raises:
+            ValueError: If the calls are others now.
+        """
+        found: list[list[Tensor]] = []
+
+        def again(module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if len(found) == len(answers) or answers[len(found)].module is not module:
+                return call(*args, **kwargs)
+            known = answers[len(found)]
+            new_args, new_kwargs = _with_inputs(known, args, kwargs)
+            known.before.restore()
+            with using(known.kept):
+                output = self._run(call, new_args, new_kwargs)
+            found.append(tensors_in(output))
+            return output
+
+        with self._handling(again):
+            predict()
+        if len(found) != len(answers):
+            raise ValueError(
+                "`adalfl_predict` calls other modules when it is run again on the same batch; let it depend on the "
+                "batch and the module alone."
+            )
+        return [found[i][place] for i, place in wanted]
+
+
+def _with_inputs(known: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the recorded arguments, but for those that depend on the parameters, which come from this call."""
+    recorded = known.inputs
+    if not any(t.requires_grad for t in recorded):
+        return known.args, known.kwargs
+    given = tensors_in((args, kwargs))
+    if len(given) != len(recorded):
+        raise ValueError(
+            f"`adalfl_predict` calls {type(known.module).__name__} with {len(given)} tensors and `training_step` with "
+            f"{len(recorded)}, of which some depend on the parameters; call it in the same way in both."
+        )
+    chosen = iter([new if old.requires_grad else old for old, new in zip(recorded, given)])
+    return map_tensors(lambda _: next(chosen), (known.args, known.kwargs))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.requires_grad else tensor
+
+
+def _outside_the_compiler(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the module and its submodules, but for those inside a compiled one, which the compiler sees."""
+    seen: set[int] = set()
+    waiting = [module]
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        if found is module or not is_compiled(found):
+            waiting += found.children()

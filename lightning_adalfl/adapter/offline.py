@@ -1,0 +1,173 @@
+"""Algorithm 1: learn on single steps from fresh parameters, before training begins (ML³)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_adalfl.adapter.lightning_private import transferred
+from lightning_adalfl.adapter.meta_batches import EndlessBatches
+from lightning_adalfl.adapter.plugins import LossScale, broadcast, mean_over_processes
+from lightning_adalfl.learning.base_step import BaseStep
+from lightning_adalfl.learning.meta_learner import MetaLearner
+from lightning_adalfl.learning.recorded_forward import Predict, RandomState
+
+
+class OfflinePhase:
+    """The steps of Algorithm 1 (Algorithm 3 where the learning rate is learned), one by one.
+
+    Each inner step is plain gradient descent at the base optimizer's learning rates, as the algorithm has it. The
+    user's ``training_step`` is not run, since nothing may be logged before training; the task's handcrafted loss stands
+    for theirs.
+
+    Args:
+        module: The user's module, under :func:`untouched`.
+        learner: Its learner.
+        optimizer: The base optimizer, whose learning rates are taken.
+        predict: ``adalfl_predict``, checked.
+        train_loader: Makes the loader of base batches.
+        meta_loader: Makes the loader of meta batches.
+        lr: η.
+        inner_steps: S_inner.
+        is_fresh: Draw base parameters anew before each meta step, or go back to the initial ones.
+        seed: Of the order of both kinds of batches and of the draws.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        learner: MetaLearner,
+        optimizer: Optimizer,
+        predict: Predict,
+        train_loader: Callable[[], Any],
+        meta_loader: Callable[[], Any],
+        lr: float,
+        inner_steps: int,
+        is_fresh: bool,
+        seed: int,
+    ) -> None:
+        self.module = module
+        self.learner = learner
+        self.trainer = module.trainer
+        self.train_batches = EndlessBatches(train_loader, seed)
+        self.meta_batches = EndlessBatches(meta_loader, seed + 1)
+        self._is_fresh = is_fresh
+        self._draws = torch.Generator().manual_seed(seed)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in group["params"] if p.requires_grad], "lr": float(group["lr"])}
+            for group in optimizer.param_groups
+        ]
+        self._rates: list[float] = [group["lr"] for group in groups]
+        self._sgd = torch.optim.SGD(groups, lr=self._rates[0])
+        self._steps = [learner.new_base_step(module, self._sgd, predict) for _ in range(inner_steps)]
+        self._initial = {name: tensor.detach().clone() for name, tensor in _state(module).items()}
+        self._reduce = mean_over_processes(self.trainer)
+        self._base_scale, self._meta_scale = LossScale(self.trainer), LossScale(self.trainer)
+        broadcast(learner, self.trainer)
+        learner.start(lr)
+
+    def step(self) -> Tensor:
+        """Take one meta step (lines 3 to 10); return the task loss after the inner steps."""
+        self._reset()
+        with self.trainer.precision_plugin.train_step_context():
+            for step in self._steps:
+                self._inner_step(step)
+            is_training = self.learner.config.meta_data == "train"
+            batch = transferred(self.module, next(self.meta_batches), is_training)
+            found = self.learner.meta_step(self._steps, batch, all_reduce=self._reduce, scale=self._meta_scale)
+        for step in self._steps:
+            step.clear()
+        return found.task_loss
+
+    def _inner_step(self, step: BaseStep) -> None:
+        step.forward(transferred(self.module, next(self.train_batches), True))
+        loss = step.descend(self.learner.objective, self.learner.task.loss)
+        while True:
+            scale = self._base_scale.value
+            for parameter in step.parameters:
+                parameter.grad = None
+            (loss * scale).backward(retain_graph=self._base_scale.is_needed)
+            gradients = [p.grad for p in step.parameters if p.grad is not None]
+            if scale != 1.0:
+                torch._foreach_div_(gradients, scale)
+            if self._reduce is not None:
+                self._reduce(gradients)
+            if self._base_scale.fits(gradients):
+                break
+            step.forwards[-1].descent = None
+            loss = step.descend(self.learner.objective, self.learner.task.loss)
+        step.loss_scale = scale
+        for group, rate in zip(self._sgd.param_groups, self._rates):
+            group["lr"] = rate * self.learner.lr_scale
+        step.step()
+
+    @torch.no_grad()
+    def _reset(self) -> None:
+        for name, tensor in _state(self.module).items():
+            tensor.copy_(self._initial[name])
+        if self._is_fresh:
+            # A seed of its own for each draw, the same on every process.
+            seed = int(torch.randint(2**31, (), generator=self._draws))
+            with RandomState.seeded(seed, self.module.device).replayed():
+                self.module.adalfl_reset_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next step depends on, in plain containers; call it between two steps."""
+        return {
+            "learner": copy.deepcopy(self.learner.state_dict()),
+            "train_batches": self.train_batches.state_dict(),
+            "meta_batches": self.meta_batches.state_dict(),
+            "draws": self._draws.get_state(),
+            "loss_scales": [self._base_scale.state_dict(), self._meta_scale.state_dict()],
+            "random_state": RandomState.capture(self.module.device).to_plain(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.learner.load_state_dict(state["learner"])
+        self.train_batches.load_state_dict(state["train_batches"])
+        self.meta_batches.load_state_dict(state["meta_batches"])
+        self._draws.set_state(state["draws"].cpu())
+        for scale, saved in zip((self._base_scale, self._meta_scale), state["loss_scales"]):
+            scale.load_state_dict(saved)
+        # Last, since drawing batches again has moved the generators.
+        RandomState.from_plain(state["random_state"], self.module.device).restore()
+
+
+def draw_parameters(module: nn.Module) -> None:
+    """Call ``reset_parameters`` of every submodule that has one."""
+    for submodule in module.modules():
+        reset = getattr(submodule, "reset_parameters", None) or getattr(submodule, "_reset_parameters", None)
+        if callable(reset):
+            reset()
+
+
+@contextmanager
+def untouched(module: Any) -> Iterator[None]:
+    """Give back parameters, buffers, gradients, modes and every random state as they were before the body."""
+    with torch.no_grad():
+        before = {name: tensor.detach().clone() for name, tensor in _state(module).items()}
+    gradients = [(p, p.grad) for p in module.parameters()]
+    modes = [(m, m.training) for m in module.modules()]
+    module.train()
+    try:
+        with RandomState.capture(module.device).replayed():
+            yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in _state(module).items():
+                tensor.copy_(before[name])
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for submodule, mode in modes:
+            submodule.training = mode
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -1,0 +1,200 @@
+"""One fit: around the base step that Lightning takes, then the meta step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_adalfl.adapter.lightning_private import transferred
+from lightning_adalfl.adapter.meta_batches import EndlessBatches
+from lightning_adalfl.adapter.plugins import LossScale, broadcast, mean_over_processes, own_scale
+from lightning_adalfl.adapter.user_step import StepObserver
+from lightning_adalfl.learning.base_step import BaseForward, BaseStep
+from lightning_adalfl.learning.meta_learner import MetaLearner
+from lightning_adalfl.learning.optimizer_vjp import Clipping
+from lightning_adalfl.learning.recorded_forward import Predict, RandomState, RandomStream
+from lightning_adalfl.learning.torch_private import norm
+from lightning_adalfl.losses.training_objective import BentLoss, Descent
+
+
+class OnlineRun:
+    """Algorithm 2 over one fit. Hooks of the optimizer itself bracket its steps, whoever calls them.
+
+    Args:
+        module: The user's module, with its trainer.
+        learner: Its learner.
+        optimizer: The one whose steps are learned from.
+        predict: ``adalfl_predict``, checked.
+        says_how: Whether that is the user's own.
+        meta_loader: Makes the loader of held-out batches.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        learner: MetaLearner,
+        optimizer: Optimizer,
+        predict: Predict,
+        says_how: bool,
+        meta_loader: Callable[[], Any],
+    ) -> None:
+        self.module = module
+        self.trainer = module.trainer
+        self.learner = learner
+        self.optimizer = optimizer
+        self._predict = predict
+        self.base_step = learner.new_base_step(module, optimizer, predict)
+        self._observer = StepObserver(module, predict, says_how, self.base_step.device, self.base_step.model.buffers)
+        # The order of the data must be one over processes; the dropout masks need not.
+        self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**31))
+        self.batches: EndlessBatches | None = None
+        if learner.config.meta_every is not None:
+            self.batches = EndlessBatches(meta_loader, self.seed)
+        self.stream = RandomStream(RandomState.seeded(self.seed + self.trainer.global_rank, module.device))
+        self._scale = LossScale(self.trainer)
+        self._reduce = mean_over_processes(self.trainer)
+        self.clipping: Clipping | None = None
+        self._clipped: list[Tensor] | None = None
+        self._rates: list[Any] = []
+        self._is_checked = False
+        broadcast(learner, self.trainer)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self.base_step.clear()
+
+    # In the training step.
+
+    def run(self, step: Callable[[], Any], batch: Any) -> tuple[Any, Descent | None]:
+        """Run the user's training step; return its output, and what is descended in place of its loss, if anything.
+
+        Args:
+            step: Runs it on ``batch``.
+            batch: What it is given.
+        """
+        learner, due = self.learner, self.learner.is_due
+        if self.base_step.forwards and all(p.grad is None for p in self.base_step.parameters):
+            self.zero_grad()  # as the user has done, in whatever way
+        if self._is_checked and not due and not self._bends:
+            return step(), None
+        if due and self._has_new_parameters():
+            # A callback that unfreezes layers has given the optimizer more to train.
+            self.base_step.clear()
+            self.base_step = learner.new_base_step(self.module, self.optimizer, self._predict)
+        torch.clear_autocast_cache()
+        found = self._observer.run(step, batch, self.base_step.jvp if due else None)
+        if found.predicted is None or found.loss is None:
+            return found.output, None
+        if not self._is_checked:
+            learner.check(found.predicted)
+            self._is_checked = True
+        descent = learner.objective.descend(found.loss, found.predicted)
+        if found.recorded is not None:
+            self.base_step.forwards.append(BaseForward(found.recorded, found.predicted, descent))
+        return found.output, descent
+
+    @property
+    def _bends(self) -> bool:
+        """Whether a step is another than the user's own."""
+        objective = self.learner.objective
+        return self.learner.loss is not None and not (isinstance(objective, BentLoss) and objective.is_zero)
+
+    def _has_new_parameters(self) -> bool:
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        return [id(p) for p in trained] != [id(p) for p in self.base_step.parameters]
+
+    # Around the optimizer's step.
+
+    def zero_grad(self) -> None:
+        """Forget the forwards whose gradients are about to be cleared."""
+        kept = [f for f in self.base_step.forwards if f.descent is not None and f.descent.scale is None]
+        self.base_step.forwards = kept
+
+    @property
+    def wants_clipping(self) -> bool:
+        """Whether the hypergradient of the coming step has to know what the gradient goes through."""
+        return self.learner.is_due and bool(self.base_step.forwards)
+
+    def gradient_norm(self) -> Tensor:
+        """Return the Euclidean norm of the base gradient as it is now."""
+        return norm([p.grad for p in self.base_step.parameters if p.grad is not None])
+
+    def note_clipping(self, clipping: Clipping) -> None:
+        """Take in what the gradient has been through, and the gradient as it goes into the step."""
+        self.clipping = clipping
+        # An optimizer may change it in place, and the clipping's derivative depends on it.
+        self._clipped = [p.grad.clone() for p in self.base_step.parameters if p.grad is not None]
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.learner.rate is not None:
+            scale = self.learner.lr_scale
+            self._rates = [(group["lr"], group["lr"] * scale) for group in optimizer.param_groups]
+            for group, (_, scaled) in zip(optimizer.param_groups, self._rates):
+                group["lr"] = scaled
+        if self.learner.is_due:
+            self.base_step.before_step()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group, (rate, scaled) in zip(optimizer.param_groups, self._rates):
+            # A closure may have set a rate too; that one stays.
+            group["lr"] = rate if group["lr"] == scaled else group["lr"]
+        self._rates = []
+        step, learner = self.base_step, self.learner
+        if all(p.grad is None for p in step.parameters):
+            step.clear()
+            return
+        if learner.is_due and step.forwards:
+            step.loss_scale = own_scale(self.trainer)
+            step.after_step(self.clipping, self._clipped)
+            if step.is_recorded:
+                self._check_reached()
+                self._meta_step()
+        self.clipping = self._clipped = None
+        step.clear()
+        learner.count_base_step(step.parameters)
+
+    def _check_reached(self) -> None:
+        descents = [f.descent for f in self.base_step.forwards if f.descent is not None]
+        if not any(descent.is_reached for descent in descents):
+            raise ValueError(
+                f"the loss of {type(self.module).__name__}.training_step does not depend on the predictions of "
+                "`adalfl_predict`, so that nothing can be learned from them. Return those that it is computed from."
+            )
+
+    def _meta_step(self) -> None:
+        learner = self.learner
+        with self.stream.drawing(), self.trainer.precision_plugin.train_step_context():
+            is_training = learner.config.meta_data == "train"
+            batch = transferred(self.module, next(self._meta_batches()), is_training)
+            learner.meta_step(self.base_step, batch, all_reduce=self._reduce, scale=self._scale)
+
+    def _meta_batches(self) -> Iterator[Any]:
+        if self.batches is None:
+            raise RuntimeError("a meta step is due, and there are no meta batches.")
+        return self.batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the meta batches and their random stream are."""
+        return {
+            "meta_batches": None if self.batches is None else self.batches.state_dict(),
+            "random_state": self.stream.state.to_plain(),
+            "loss_scale": self._scale.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        if self.batches is not None and state["meta_batches"] is not None:
+            with self.stream.drawing():
+                self.batches.load_state_dict(state["meta_batches"])
+        self.stream = RandomStream(RandomState.from_plain(state["random_state"], self.module.device))
+        self._scale.load_state_dict(state["loss_scale"])

@@ -1,0 +1,87 @@
+"""What is not supported, each with its remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_adalfl.adapter.lightning_private import is_a
+from lightning_adalfl.learning.meta_learner import MetaLearner
+from lightning_adalfl.learning.recorded_forward import Predict
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raise a ``ValueError`` unless the Trainer's strategy keeps whole parameters on every device."""
+    strategy = trainer.strategy
+    is_known = is_a(strategy, "SingleDeviceStrategy", "DDPStrategy") and not is_a(strategy, "DeepSpeedStrategy")
+    if not is_known:
+        raise ValueError(
+            f"AdaLFL does not work with {type(strategy).__name__}: the hypergradient needs every parameter whole on "
+            "each device. Use one device or `Trainer(strategy='ddp')`."
+        )
+
+
+def learner_of(module: Any, who: str) -> MetaLearner:
+    """Return the learner of a module.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    learner = getattr(module, "adalfl", None)
+    if not isinstance(learner, MetaLearner):
+        name = type(module).__name__
+        raise TypeError(
+            f"{who} needs a module with a learned loss; got {name}. Put AdaLFLMixin left of it: "
+            f"class Ada{name}(AdaLFLMixin, {name})."
+        )
+    return learner
+
+
+def base_optimizer(trainer: Any, learner: MetaLearner) -> Optimizer:
+    """Return the optimizer whose steps are learned from.
+
+    Raises:
+        ValueError: If there are several and none is chosen, or there is none.
+    """
+    optimizers, chosen = list(trainer.optimizers), learner.config.optimizer
+    if chosen is not None:
+        if chosen >= len(optimizers):
+            raise ValueError(
+                f"`optimizer` is {chosen} and `configure_optimizers` returned {len(optimizers)}; give an index below."
+            )
+        return optimizers[chosen]
+    if len(optimizers) != 1:
+        raise ValueError(
+            f"AdaLFL learns from the steps of one optimizer, and `configure_optimizers` returned {len(optimizers)}. "
+            "Say which with `AdaLFLConfig(optimizer=0)`."
+            if optimizers
+            else "`configure_optimizers` returned no optimizer, and AdaLFL learns from the steps of one; return it."
+        )
+    return optimizers[0]
+
+
+def watched_metrics(callbacks: Iterable[Any]) -> list[str]:
+    """Return the validation metrics that callbacks monitor."""
+    names = {str(getattr(callback, "monitor", None) or "") for callback in callbacks}
+    return sorted(name for name in names if "val" in name)
+
+
+def checked_predict(module: Any) -> Predict:
+    """Return the module's ``adalfl_predict``, which raises a ``TypeError`` unless it gives two or three tensors."""
+    predict: Callable[[Any], Any] = module.adalfl_predict
+
+    def checked(batch: Any) -> tuple[Tensor, ...]:
+        result = predict(batch)
+        is_sequence = isinstance(result, (tuple, list))
+        if is_sequence and len(result) in (2, 3) and all(isinstance(item, Tensor) for item in result):
+            return tuple(result)
+        kinds = [type(item).__name__ for item in result] if is_sequence else type(result).__name__
+        raise TypeError(
+            f"`adalfl_predict` must return tensors (predictions, target) or (predictions, target, weight); got {kinds}. "
+            f"Override it in {type(module).__name__} to pick them from the model's output."
+        )
+
+    return checked

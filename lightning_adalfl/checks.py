@@ -1,0 +1,59 @@
+"""Checks of numbers and names that users give; each returns what is right, or names argument, value and remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+
+def whole_number(name: str, value: object, least: int = 1) -> int:
+    """Return ``value``, a whole number that is ``least`` or more.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it is too small.
+    """
+    message = f"`{name}` must be a whole number, {least} or more; got {value!r}."
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(message)
+    if value < least:
+        raise ValueError(message)
+    return value
+
+
+def finite_number(name: str, value: object) -> float:
+    """Return ``value``, a finite number.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number; got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be finite; got {value}.")
+    return value
+
+
+def positive_number(name: str, value: object) -> float:
+    """Return ``value``, a number that is positive and finite.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not positive, or not finite.
+    """
+    number = finite_number(name, value)
+    if number <= 0:
+        raise ValueError(f"`{name}` must be positive; got {value}.")
+    return number
+
+
+def one_of(name: str, value: object, choices: Collection[str]) -> str:
+    """Return ``value``, one of ``choices``.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+    return value

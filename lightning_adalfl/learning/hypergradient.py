@@ -1,0 +1,194 @@
+"""The hypergradient ``∇_φ L_T(y_v, f_{θ_{t+1}}(x_v))`` of base steps (Eq. 8-11), without a double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_adalfl.learning.base_step import BaseForward, BaseStep
+from lightning_adalfl.learning.torch_private import checkpoints_not_reentrant, dot
+from lightning_adalfl.losses.training_objective import BatchLoss, Descent, TrainingObjective
+
+AllReduce = Callable[[list[Tensor]], None]
+
+
+@dataclass
+class Hypergradient:
+    """What a meta step needs.
+
+    Attributes:
+        loss: ``∇_φ L_T`` by the names of the parameters of the learned loss; empty for a loss without.
+        log_lr: ``∂L_T/∂log α`` of each parameter group, shape (groups,), the effect of the last step's learning rates;
+            for ASGD and Rprop, which follow the rates of earlier steps, that of the step's size. ``None`` if not asked
+            for.
+        task_loss: L_T on the meta batch at θ_{t+1}, a scalar.
+        along: The derivative of L_T at θ_{t+1} along the direction that was given, a scalar; ``None`` without one.
+        evidence: ``⟨τ, h⟩ - ⟨m, h⟩``: to first order, how much lower L_T is than with the user's loss, a scalar.
+        influence: For each forward of the base step, ``τ_i · h_i`` of its instances, (N,): how L_T answers to a larger
+            weight of instance i; positive hurts.
+    """
+
+    loss: dict[str, Tensor]
+    log_lr: Tensor | None
+    task_loss: Tensor
+    along: Tensor | None = None
+    evidence: Tensor | None = None
+    influence: list[Tensor] = field(default_factory=list)
+    _parts: list[tuple[Descent, Tensor, list[Tensor]]] = field(default_factory=list, repr=False)
+
+    def at_present(self) -> dict[str, Tensor]:
+        """Return ``∇_φ L_T`` at the φ of this moment, with the same predictions and h; this process' part alone."""
+        for descent, _, _ in self._parts:
+            descent.refresh()
+        return _summed(self._parts)
+
+
+def hypergradient(
+    steps: BaseStep | Sequence[BaseStep],
+    task_loss: BatchLoss,
+    meta_batch: Any,
+    *,
+    all_reduce: AllReduce | None = None,
+    loss_scale: float = 1.0,
+    log_lr: bool = False,
+    along: Sequence[Tensor] | None = None,
+    by_forward: bool = True,
+) -> Hypergradient:
+    """Differentiate the task loss after the recorded base step(s) by the parameters φ of the loss that caused them.
+
+    It returns gradients, writes no ``.grad``, and leaves parameters, buffers and random states as they are.
+
+    Args:
+        steps: The base step that was just taken, or all steps of an inner loop of plain gradient descent in their order
+            (S_inner > 1), each a :class:`BaseStep` of its own.
+        task_loss: L_T, ``task_loss(predictions, target) -> scalar``; a third argument is the weight, where
+            ``predict`` gives one.
+        meta_batch: The batch (x_v, y_v), as the steps' ``predict`` takes it.
+        all_reduce: Averages a list of tensors over processes in place; called for v before it is contracted, and for
+            the result.
+        loss_scale: A factor on L_T during its backward, taken out of v again, against underflow in half precision.
+        log_lr: Whether to compute ∂L_T/∂log α, which costs a pass over the parameters.
+        along: A direction in parameter space, one tensor for each of the last step's ``parameters``.
+        by_forward: Whether to compute h, and from it ``loss``, ``evidence`` and ``influence``; the learning rate alone
+            does not need it.
+
+    Raises:
+        ValueError: If a step was not recorded, or its forward gives another result when it is run again.
+        ForwardModeError: If the model has an operation without forward-mode AD; says what works instead.
+    """
+    chain = [steps] if isinstance(steps, BaseStep) else list(steps)
+    if not chain or not all(step.is_recorded for step in chain):
+        raise ValueError("`steps` must hold recorded base steps; call `forward`, `descend` and `step` on each first.")
+    last = chain[-1]
+    # The casts that an autocast context around the base step keeps are those of θ_t.
+    torch.clear_autocast_cache()
+    value, vector = _meta_gradient(last, task_loss, meta_batch, loss_scale)
+    if all_reduce is not None:
+        all_reduce(vector)
+    result = Hypergradient({}, None, value)
+    if log_lr:
+        result.log_lr = _by_log_lr(last, vector)
+    if along is not None:
+        result.along = dot(vector, along)
+    for step in reversed(chain) if by_forward else ():
+        scale, u = step.vjp([vector[i] for i in step.active])
+        for forward in step.forwards:
+            _add_part(result, step, forward, scale, u, is_last=step is last)
+        if step is not chain[0]:
+            vector = _before(step, vector, scale, u)
+    result.loss = _summed(result._parts)
+    if all_reduce is not None:
+        scalars = [t for t in (result.log_lr, result.along, result.evidence) if t is not None]
+        all_reduce([*scalars, result.task_loss, *result.loss.values()])
+    return result
+
+
+def _meta_gradient(
+    step: BaseStep, task_loss: BatchLoss, meta_batch: Any, loss_scale: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Return L_T and ``v = ∇_θ L_T(y_v, f_{θ_{t+1}}(x_v))``: one ordinary forward and backward."""
+
+    def differentiated() -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        value = task_loss(*step.model.predict(meta_batch))
+        return value.detach(), torch.autograd.grad(value * loss_scale, step.parameters, allow_unused=True)
+
+    # Compiled parts do not know swapped buffers: here they run as the Python that they were.
+    with torch.enable_grad(), checkpoints_not_reentrant(), torch.compiler.set_stance("force_eager"):
+        value, gradients = step.model.run(differentiated, step.model.buffers())
+    # A parameter that the meta batch did not use has the gradient zero.
+    vector = [torch.zeros_like(p) if g is None else g for p, g in zip(step.parameters, gradients)]
+    if loss_scale != 1.0:
+        torch._foreach_div_(vector, loss_scale)
+    return value, vector
+
+
+def _by_log_lr(step: BaseStep, vector: Sequence[Tensor]) -> Tensor:
+    """Return ``∂L_T/∂log α = ⟨v, θ_{t+1} - θ_t⟩`` for each group: a step is proportional to its learning rate."""
+    active = set(step.active)
+    dots, start = [], 0
+    with torch.no_grad():
+        for group in step.groups:
+            members = [i for i in range(start, start + len(group)) if i in active]
+            moved = [step.parameters[i] - step.before[i] for i in members]
+            dots.append(dot([vector[i] for i in members], moved, step.device))
+            start += len(group)
+    return torch.stack(dots)
+
+
+def _add_part(
+    result: Hypergradient, step: BaseStep, forward: BaseForward, scale: float, u: Sequence[Tensor], is_last: bool
+) -> None:
+    """Add what one forward says: ``h = J_t u``, and what follows from it."""
+    descent = forward.descent
+    if descent is None or descent.scale is None:
+        raise ValueError("a forward of the base step has no backward; call `descend(...).backward()` on each.")
+    h = step.jacobian_times(forward, u)
+    # What the loss was multiplied by, and a scaler has not taken out again, is in the gradient.
+    factor = descent.scale / step.loss_scale * scale
+    result._parts.append((descent, factor, h))
+    if is_last:
+        result.influence.append(descent.influence(h) * factor)
+        evidence = descent.evidence(h) * factor
+        result.evidence = evidence if result.evidence is None else result.evidence + evidence
+
+
+def _summed(parts: Sequence[tuple[Descent, Tensor, list[Tensor]]]) -> dict[str, Tensor]:
+    """Return ``Σ ∂/∂φ ⟨m(φ), h⟩``."""
+    total: dict[str, Tensor] = {}
+    for descent, factor, h in parts:
+        for name, gradient in descent.vjp(h).items():
+            weighted = gradient * factor.to(gradient)
+            total[name] = total[name] + weighted if name in total else weighted
+    return total
+
+
+def _before(step: BaseStep, vector: Sequence[Tensor], scale: float, u: Sequence[Tensor]) -> list[Tensor]:
+    """Return the adjoint of θ before a plain gradient step from that after it: ``λ + (∂g/∂θ)ᵀ u``.
+
+    Memory grows by one copy of the parameters a step of the loop, and not by one graph.
+    """
+    result = list(vector)
+    before = step.values_before()
+    for forward in step.forwards:
+        if forward.own_loss is None or forward.descent is None or forward.descent.scale is None:
+            raise ValueError("the steps of an inner loop need the own loss as a function; pass `descend` one.")
+        with torch.enable_grad():
+            values = {i: p.detach().requires_grad_() for i, p in before.items()}
+            recorded = forward.recorded
+            (f,) = step.model.at(recorded, values, lambda kept: nullcontext())
+            m = forward.descent.objective.gradient(forward.own_loss, f, recorded.target, recorded.weight)
+            gradients = torch.autograd.grad(f, list(values.values()), m, create_graph=True, allow_unused=True)
+            pairs = [(g, t) for g, t in zip(gradients, u) if g is not None and g.requires_grad]
+            product = torch.autograd.grad(
+                [g for g, _ in pairs], list(values.values()), [t for _, t in pairs], allow_unused=True
+            )
+        factor = forward.descent.scale / step.loss_scale * scale
+        for i, part in zip(before, product):
+            if part is not None:
+                result[i] = result[i] + part * factor.to(part)
+    return result

@@ -1,0 +1,124 @@
+"""``h = J_t u``, the derivative of a base forward along a direction in parameter space: three ways, one interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_adalfl.learning.recorded_forward import Model, RecordedForward, Using
+from lightning_adalfl.learning.torch_private import checkpoints_run_through
+
+
+class JacobianProduct(ABC):
+    """A way to compute h.
+
+    Attributes:
+        is_exact: Whether its error is rounding alone.
+        runs_compiled: Whether compiled parts of a model run compiled; else they run as the Python that they were.
+    """
+
+    is_exact = True
+    runs_compiled = False
+
+    def keeping(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Return a context for the base forward of a module; what it yields is handed to :meth:`using`."""
+        return nullcontext()
+
+    def using(self, kept: Any) -> AbstractContextManager[Any]:
+        """Return a context for the same forward when it runs again."""
+        return nullcontext()
+
+    def check(self, model: Model, forward: RecordedForward, before: Mapping[int, Tensor]) -> None:
+        """Raise a ``ValueError`` if the forward cannot be run again with the same result; it costs a forward."""
+        with torch.no_grad():
+            again = self._run(model, forward, before, lambda kept: self.using(None))
+        for new, old in zip(again, forward.outputs):
+            # Half of the digits, since another kernel may have rounded otherwise.
+            tolerance = torch.finfo(old.dtype).eps ** 0.4
+            if new.shape != old.shape or not torch.allclose(new, old, tolerance, tolerance, equal_nan=True):
+                raise ValueError(
+                    "the forward of the base step gives another result when it is run again, so that its derivative "
+                    "would be wrong. Look for what it draws or keeps outside torch's, NumPy's and Python's global "
+                    "generators and its own attributes, for dropout in a compiled part "
+                    "(`hypergradient='finite_difference'` runs it compiled), or for a step that changes features "
+                    "between two parts of the model; or set `learn='nothing'` and `meta_every=None`."
+                )
+
+    @abstractmethod
+    def __call__(
+        self, model: Model, forward: RecordedForward, before: Mapping[int, Tensor], direction: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return h.
+
+        Args:
+            model: The base model as a function of θ.
+            forward: The base forward to differentiate.
+            before: θ_t, by index.
+            direction: u, one tensor for each of ``before``.
+
+        Returns:
+            Tensors of the shapes of the forward's outputs.
+        """
+
+    def _run(
+        self, model: Model, forward: RecordedForward, values: Mapping[int, Tensor], using: Using | None = None
+    ) -> list[Tensor]:
+        # Compiled parts know neither dual tensors nor a second backward.
+        stance = "default" if self.runs_compiled else "force_eager"
+        with checkpoints_run_through(), torch.compiler.set_stance(stance):
+            return model.at(forward, values, using or self.using)
+
+
+class FiniteDifference(JacobianProduct):
+    """``(f(θ + δu) - f(θ)) / δ``: one forward, no AD; f(θ) is what the base forward gave.
+
+    Args:
+        size: How far the parameters are moved, in Euclidean norm; by default the square root of the precision of the
+            outputs, 3e-4 in float32, which balances rounding and curvature.
+    """
+
+    is_exact = False
+    runs_compiled = True
+
+    def __init__(self, size: float | None = None) -> None:
+        self.size = size
+
+    @torch.no_grad()
+    def __call__(
+        self, model: Model, forward: RecordedForward, before: Mapping[int, Tensor], direction: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the difference."""
+        size = torch.finfo(forward.outputs[0].dtype).eps ** 0.5 if self.size is None else self.size
+        norm = torch.nn.utils.get_total_norm(direction)
+        # A zero direction has the derivative zero; the clamp keeps it from becoming 0/0.
+        step = size / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        moved = torch._foreach_mul(list(direction), step)
+        torch._foreach_add_(moved, list(before.values()))
+        outputs = self._run(model, forward, dict(zip(before, moved)))
+        return [(new - old) / step.to(new.dtype) for new, old in zip(outputs, forward.outputs)]
+
+
+class DoubleBackward(JacobianProduct):
+    """u through a second backward: exact, and as general as the model's own backward; the name is ``"reverse"``."""
+
+    def __call__(
+        self, model: Model, forward: RecordedForward, before: Mapping[int, Tensor], direction: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the derivative by w of ``⟨Jᵀ w, u⟩``."""
+        with torch.enable_grad():
+            values = {i: p.detach().requires_grad_() for i, p in before.items()}
+            outputs = self._run(model, forward, values)
+            vectors = [torch.zeros_like(o).requires_grad_() for o in outputs]
+            transposed = torch.autograd.grad(
+                outputs, list(values.values()), vectors, create_graph=True, materialize_grads=True, allow_unused=True
+            )
+            pairs = [(t, u) for t, u in zip(transposed, direction) if t.requires_grad]
+            product = torch.autograd.grad(
+                [t for t, _ in pairs], vectors, [u for _, u in pairs], allow_unused=True, materialize_grads=True
+            )
+        return list(product)
