@@ -17,8 +17,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_adalfl import AdaLFLConfig, AdaLFLMixin
 
 CLASSES = 3
-# Steps on the task loss itself with a learned factor of one, so that a run must equal the plain module's.
-INERT = AdaLFLConfig(task="multiclass", learn="lr", online=False)
+# Everything is observed and differentiated at every step, and nothing is learned: training must equal the plain one's.
+WATCHING = AdaLFLConfig("multiclass", learn="nothing", meta_every=1)
 
 
 def points(size: int = 96, seed: int = 0, dtype: torch.dtype = torch.float32) -> TensorDataset:
@@ -49,7 +49,7 @@ class Plain(L.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         x, y = batch
         logits = self(x)
         loss = F.cross_entropy(logits, y)
@@ -83,20 +83,19 @@ class AdaSmooth(AdaLFLMixin, Smooth):
 
 
 def config(**options: Any) -> AdaLFLConfig:
-    """Return a configuration whose meta steps are large enough to see."""
-    return AdaLFLConfig(**{"task": "multiclass", "meta_lr": 1e-2, **options})
+    """Return a configuration whose meta steps are many, and large enough to see."""
+    return AdaLFLConfig(**{"task": "multiclass", "meta_lr": 1e-2, "meta_every": 1, **options})
 
 
-# Bounds are set batch by batch; without them a batch may be cut and joined.
-UNBOUNDED: dict[str, Any] = {"max_gain": None, "residual": False, "safeguard": False}
+def adaptive(kind: type[L.LightningModule]) -> type[Any]:
+    """Return the subclass with a learned loss of any module."""
+    return type(f"Ada{kind.__name__}", (AdaLFLMixin, kind), {})
 
 
 def make(kind: type[L.LightningModule], seed: int = 0, **arguments: Any) -> Any:
     """Make a module from a seed of its own; a module with a learned loss has the base parameters of the plain one."""
     torch.manual_seed(seed)
-    module = kind(**arguments)
-    torch.manual_seed(seed + 1)
-    return module
+    return kind(**arguments)
 
 
 def trainer(tmp_path: Any, **options: Any) -> L.Trainer:
@@ -114,14 +113,14 @@ def trainer(tmp_path: Any, **options: Any) -> L.Trainer:
     return L.Trainer(**{**quiet, **options})
 
 
-def base_tensors(module: L.LightningModule) -> dict[str, Tensor]:
-    """Return parameters and buffers, without the learned loss."""
-    return {name: t.detach().clone() for name, t in module.state_dict().items() if not name.startswith("adalfl.")}
+def tensors(module: L.LightningModule) -> dict[str, Tensor]:
+    """Return copies of parameters and buffers."""
+    return {name: t.detach().clone() for name, t in module.state_dict().items()}
 
 
-def learned_tensors(module: L.LightningModule) -> dict[str, Tensor]:
-    """Return φ."""
-    return {name: t.detach().clone() for name, t in module.state_dict().items() if name.startswith("adalfl.")}
+def phi(module: Any) -> dict[str, Tensor]:
+    """Return copies of φ."""
+    return {name: t.detach().clone() for name, t in module.adalfl.learned.items()}
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
