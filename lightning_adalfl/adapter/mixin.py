@@ -106,8 +106,11 @@ class AdaLFLMixin:
 
         Predictions are raw: logits, or values. The weight, or mask, has the shape of the target. On a training batch it
         is answered with what the training step has computed; on held-out batches it is what predicts, so that it must
-        not log or count.
+        not log or count. The hooks of this class may stand in the module itself or in the subclass.
         """
+        own = getattr(super(), "adalfl_predict", None)
+        if own is not None:
+            return own(batch)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(
                 f"a batch is {type(batch).__name__} and not a pair (x, y); override `adalfl_predict(batch)` in "
@@ -118,6 +121,9 @@ class AdaLFLMixin:
 
     def adalfl_meta_dataloader(self) -> Any:
         """Return the loader of meta batches; by default one over the data that ``meta_data`` names."""
+        own = getattr(super(), "adalfl_meta_dataloader", None)
+        if own is not None:
+            return own()
         return meta_loader(self._trainer, self._adalfl_learner().config)  # type: ignore[attr-defined]
 
     def adalfl_reset_parameters(self) -> None:
@@ -125,6 +131,9 @@ class AdaLFLMixin:
 
         Parameters that no submodule draws keep their initial values.
         """
+        own = getattr(super(), "adalfl_reset_parameters", None)
+        if own is not None:
+            return own()
         draw_parameters(self)  # type: ignore[arg-type]
 
     # What Lightning calls, in its order.
@@ -299,8 +308,9 @@ class AdaLFLMixin:
         optimizer = base_optimizer(trainer, learner)
         if run is None or run.trainer is not trainer or run.optimizer is not optimizer:
             self._adalfl_close()
-            says_how = type(self).adalfl_predict is not AdaLFLMixin.adalfl_predict
-            run = OnlineRun(self, learner, optimizer, checked_predict(self), says_how, self.adalfl_meta_dataloader)
+            owners = [base for base in type(self).__mro__ if "adalfl_predict" in base.__dict__]
+            predict = checked_predict(self)
+            run = OnlineRun(self, learner, optimizer, predict, len(owners) > 1, self.adalfl_meta_dataloader)
             self._adalfl_run = run
             processes, self._adalfl_processes = self._adalfl_processes, None
             checkpoints.resume(self, run, processes)

@@ -176,7 +176,8 @@ class OnlineRun:
         with self.stream.drawing(), self.trainer.precision_plugin.train_step_context():
             is_training = learner.config.meta_data == "train"
             batch = transferred(self.module, next(self._meta_batches()), is_training)
-            learner.meta_step(self.base_step, batch, all_reduce=self._reduce, scale=self._scale)
+            with self._observer.state_kept():
+                learner.meta_step(self.base_step, batch, all_reduce=self._reduce, scale=self._scale)
 
     def _meta_batches(self) -> Iterator[Any]:
         if self.batches is None:

@@ -18,6 +18,14 @@ from lightning_adalfl.learning.recorded_forward import Predict, RandomState, Rec
 from lightning_adalfl.learning.torch_private import map_tensors, leaves_of_graph, tensors_in, version
 from lightning_adalfl.losses.training_objective import Predicted
 
+_SAY_HOW = """Say how they are predicted, in a method of {name}:
+
+    def adalfl_predict(self, batch):
+        x, y = batch
+        # prepare {prepare} as training_step does, but for what is random
+        return self(x), y
+"""
+
 
 @dataclass
 class UserStep:
@@ -103,6 +111,15 @@ class StepObserver:
         recorded = self._recorded(copied, predicted, wanted, start) if way is not None else None
         self._calls.calls, self._is_first = [], False
         return UserStep(output, loss, predicted, recorded)
+
+    @contextmanager
+    def state_kept(self) -> Iterator[None]:
+        """Leave the modules' attributes as they are: the body predicts on other batches."""
+        state = self._state.capture()
+        try:
+            yield
+        finally:
+            self._state.restore(state)
 
     def _predicted(self, batch: Any, versions: dict[int, int]) -> tuple[Predicted, list[tuple[int, int]]]:
         calls = self._calls
@@ -202,11 +219,7 @@ class StepObserver:
             raise ValueError(
                 f"{self._name}.training_step changes what it predicts from, as by normalisation, noise or mixup, before "
                 f"it calls {type(known.module).__name__}; held-out batches would be predicted from unchanged inputs. "
-                f"Say how they are predicted, in a method of {self._name}:\n\n"
-                "    def adalfl_predict(self, batch):\n"
-                "        x, y = batch\n"
-                "        # prepare x as training_step does, but for what is random\n"
-                "        return self(x), y\n"
+                + _SAY_HOW.format(name=self._name, prepare="x")
             )
 
     def _check(self, predictions: Tensor, targets: list[Tensor], versions: dict[int, int]) -> None:
@@ -223,8 +236,8 @@ class StepObserver:
             )
         if not self._says_how and any(version(t) != versions.get(id(t), version(t)) for t in targets):
             raise ValueError(
-                f"{self._name}.training_step changes the target in place, which held-out batches would not see. Change "
-                "a copy, and override `adalfl_predict` to return the target that counts."
+                f"{self._name}.training_step changes the target in place, which held-out batches would not see. "
+                + _SAY_HOW.format(name=self._name, prepare="y")
             )
 
     def _recorded(

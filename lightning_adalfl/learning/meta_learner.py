@@ -88,7 +88,7 @@ class MetaLearner:
         self.scalars: dict[str, Tensor] = {}
         self.last_step: Hypergradient | None = None
         self._unanswered = 0  # base steps since the last meta step
-        self._skipped = torch.zeros((), dtype=torch.int64)
+        self._skipped = torch.zeros(())
         self._has_warned = False
         self.start()
 
@@ -259,7 +259,7 @@ class MetaLearner:
                 p.copy_(torch.where(is_finite, p, old))
             for key, new in self._moments().items():
                 new.copy_(torch.where(is_finite, new, moments.get(key, torch.zeros_like(new))))
-            self._skipped = self._skipped.to(is_finite.device) + ~is_finite
+            self._skipped = self._skipped.to(is_finite.device) + (~is_finite).float()
         self.scalars["adalfl/skipped_meta_steps"] = self._skipped
 
     def _moments(self) -> dict[tuple[int, str], Tensor]:
@@ -390,7 +390,7 @@ class MetaLearner:
             raise ValueError(f"the checkpoint's meta optimizer does not fit this learner: {error}") from error
         self.base_steps, self.meta_steps = state["base_steps"], state["meta_steps"]
         self._unanswered = state["unanswered"]
-        self._skipped = torch.tensor(state["skipped_meta_steps"])
+        self._skipped = torch.tensor(float(state["skipped_meta_steps"]))
         self.is_initialised = state["is_initialised"]
 
     @classmethod
