@@ -14,7 +14,7 @@ KEY = "adalfl"
 
 def save(module: Any, learner: MetaLearner, run: OnlineRun | None, checkpoint: dict[str, Any]) -> None:
     """Write φ, counters and the meta optimizer under one key, with the random states of every process."""
-    state = {"learner": learner.state_dict()}
+    state: dict[str, Any] = {"learner": learner.state_dict()}
     if run is not None and module._trainer is not None:
         here = {"global": RandomState.capture(module.device).to_plain(), "run": run.state_dict()}
         state["processes"] = gathered(here, run.trainer)  # only one process writes the file

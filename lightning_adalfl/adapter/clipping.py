@@ -1,15 +1,59 @@
-"""Sees how a user's own function has clipped the gradient."""
+"""What clipping does to the gradient, noted so that the hypergradient passes through it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from lightning_adalfl.adapter.lightning_private import is_own
 from lightning_adalfl.learning.optimizer_vjp import ClipByNorm, ClipByValue, Clipping
+
+
+class NotedClipping:
+    """The hooks of a module in which gradients are clipped."""
+
+    trainer: Any
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the module does, and note how, so that the hypergradient passes through it."""
+        own = super().configure_gradient_clipping  # type: ignore[misc]
+        arguments = (optimizer, gradient_clip_val, gradient_clip_algorithm)
+        run = self._adalfl_online()  # type: ignore[attr-defined]
+        if is_own(own) or not run.wants_clipping:
+            own(*arguments)
+            return
+        run.clipping = None
+        with clipping_seen(run.base_step.parameters) as seen:
+            own(*arguments)
+        if run.clipping is None and seen.clipping is not None:
+            run.note_clipping(seen.clipping)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and note how."""
+        trainer, run = self.trainer, self._adalfl_online()  # type: ignore[attr-defined]
+        value = gradient_clip_val if gradient_clip_val is not None else trainer.gradient_clip_val
+        algorithm = gradient_clip_algorithm or trainer.gradient_clip_algorithm or "norm"
+        is_by_value = str(getattr(algorithm, "value", algorithm)).lower() == "value"
+        total = run.gradient_norm() if value and run.wants_clipping and not is_by_value else None
+        super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)  # type: ignore[misc]
+        if value and run.wants_clipping:
+            run.note_clipping(ClipByValue(float(value)) if total is None else ClipByNorm(float(value), total))
 
 
 @dataclass

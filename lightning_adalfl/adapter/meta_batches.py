@@ -225,8 +225,8 @@ def _twin(loader: Any) -> Any:
             attributes["persistent_workers"] = False
     for name, value in list(attributes.items()):
         if isinstance(value, _GENERATORS):
-            is_torch = isinstance(value, torch.Generator)
-            attributes[name] = torch.Generator(value.device) if is_torch else copy.deepcopy(value)
+            own = torch.Generator(value.device) if isinstance(value, torch.Generator) else copy.deepcopy(value)
+            attributes[name] = own
         elif name in ("sampler", "batch_sampler"):
             attributes[name] = _twin(value)
     batch_sampler = attributes.get("batch_sampler")

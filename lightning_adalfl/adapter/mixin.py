@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adalfl.adapter import checkpoint as checkpoints
-from lightning_adalfl.adapter.clipping import clipping_seen
+from lightning_adalfl.adapter.clipping import NotedClipping
+from lightning_adalfl.adapter.hyperparameters import PlainHyperparameters, config_from, give_signature, plain_super
 from lightning_adalfl.adapter.lightning_private import (
     is_own,
     package_of,
@@ -22,21 +22,18 @@ from lightning_adalfl.adapter.lightning_private import (
     step_arguments,
     wants_logs,
 )
+from lightning_adalfl.adapter.manual import ManualOptimization, ManualRun
 from lightning_adalfl.adapter.meta_batches import meta_loader
 from lightning_adalfl.adapter.offline import draw_parameters
 from lightning_adalfl.adapter.online import OnlineRun
 from lightning_adalfl.adapter.refusals import base_optimizer, check_trainer, checked_predict, watched_metrics
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.learning.meta_learner import MetaLearner
-from lightning_adalfl.learning.optimizer_vjp import ClipByNorm, ClipByValue
 
-# Lightning collects hyper-parameters from frames whose code has the cell that the bare name makes.
-_super = super
-_given: ContextVar[Any] = ContextVar("adalfl", default=None)
 _KEY = "_adalfl"
 
 
-class AdaLFLMixin:
+class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
     """Trains a LightningModule with a loss that learns (Algorithm 2).
 
     Put it left of the module::
@@ -70,14 +67,8 @@ class AdaLFLMixin:
     _adalfl_comes_back: bool = False
 
     def __init__(self, *args: Any, adalfl: AdaLFLConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        config = _given.get() if adalfl is None else adalfl
-        if isinstance(config, Mapping):
-            config = AdaLFLConfig.from_dict(config)
-        if config is not None and not isinstance(config, AdaLFLConfig):
-            raise TypeError(
-                f"`adalfl` must be an AdaLFLConfig, such as AdaLFLConfig(task='multiclass'); got {adalfl!r}."
-            )
-        _super(AdaLFLMixin, self).__init__(*args, **kwargs)
+        config = config_from(adalfl)
+        plain_super(AdaLFLMixin, self).__init__(*args, **kwargs)  # type: ignore[misc]
         self.adalfl = None if config is None else MetaLearner(config)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -97,7 +88,7 @@ class AdaLFLMixin:
                     f"{owner.__name__})"
                 )
                 raise TypeError(f"{owner.__name__}.{name} hides that of AdaLFLMixin in {cls.__name__}; {remedy}.")
-        _give_signature(cls)
+        give_signature(cls, AdaLFLMixin)
 
     # What a user may override.
 
@@ -144,12 +135,12 @@ class AdaLFLMixin:
         if stage == "fit":
             self._adalfl_close()
             self._adalfl_learner()
-            check_trainer(self.trainer)  # type: ignore[attr-defined]
+            check_trainer(self.trainer)
 
     def on_fit_start(self) -> None:
         """Run the offline phase, where a callback asks for one."""
         super().on_fit_start()  # type: ignore[misc]
-        learner, trainer = self._adalfl_learner(), self.trainer  # type: ignore[attr-defined]
+        learner, trainer = self._adalfl_learner(), self.trainer
         learner.to(self.device)  # type: ignore[attr-defined]
         watched = watched_metrics(trainer.callbacks)
         if learner.config.meta_data == "val" and learner.config.meta_every is not None and watched:
@@ -175,8 +166,14 @@ class AdaLFLMixin:
         own = super().training_step  # type: ignore[misc]
         if is_own(own):
             return own(batch, batch_idx)
-        arguments = step_arguments(own, batch, batch_idx)
-        output, descent = self._adalfl_online().run(lambda: own(*arguments), batch)
+        arguments, run = step_arguments(own, batch, batch_idx), self._adalfl_online()
+        if isinstance(run, ManualRun):
+            output, loss = run.run_manual(lambda: own(*arguments), batch)
+            if loss is not None:
+                self._adalfl_take_step(loss, batch_idx)
+            run.end()
+            return output
+        output, descent = run.run(lambda: own(*arguments), batch)
         if descent is None:
             return output
         return {**output, "loss": descent.loss} if isinstance(output, Mapping) else descent.loss
@@ -186,52 +183,17 @@ class AdaLFLMixin:
         self._adalfl_online().zero_grad()
         super().optimizer_zero_grad(epoch, batch_idx, optimizer)  # type: ignore[misc]
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as the module does, and note how, so that the hypergradient passes through it."""
-        own = super().configure_gradient_clipping  # type: ignore[misc]
-        arguments = (optimizer, gradient_clip_val, gradient_clip_algorithm)
-        run = self._adalfl_online()
-        if is_own(own) or not run.wants_clipping:
-            own(*arguments)
-            return
-        run.clipping = None
-        with clipping_seen(run.base_step.parameters) as seen:
-            own(*arguments)
-        if run.clipping is None and seen.clipping is not None:
-            run.note_clipping(seen.clipping)
-
-    def clip_gradients(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip, and note how."""
-        trainer, run = self.trainer, self._adalfl_online()  # type: ignore[attr-defined]
-        value = gradient_clip_val if gradient_clip_val is not None else trainer.gradient_clip_val
-        algorithm = gradient_clip_algorithm or trainer.gradient_clip_algorithm or "norm"
-        is_by_value = str(getattr(algorithm, "value", algorithm)).lower() == "value"
-        total = run.gradient_norm() if value and run.wants_clipping and not is_by_value else None
-        super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)  # type: ignore[misc]
-        if value and run.wants_clipping:
-            run.note_clipping(ClipByValue(float(value)) if total is None else ClipByNorm(float(value), total))
-
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the scalars under ``adalfl/``: at the first step, an epoch's last, and where the loggers take them."""
         super().on_train_batch_end(outputs, batch, batch_idx)  # type: ignore[misc]
-        learner, trainer = self._adalfl_learner(), self.trainer  # type: ignore[attr-defined]
+        learner, trainer = self._adalfl_learner(), self.trainer
         if trainer.barebones:
             return
         # Logging costs as much as a small model's step, and the loggers drop what comes in between.
         is_end = learner.base_steps <= 1 or trainer.is_last_batch or trainer.global_step == trainer.max_steps
         if is_end or wants_logs(trainer):
             with warnings.catch_warnings():
-                if rank_zero_only.rank:
+                if trainer.global_rank:
                     warnings.simplefilter("ignore")
                 learner.warn_of_skipped()
             self.log_dict(learner.scalars, batch_size=1)  # type: ignore[attr-defined]
@@ -257,7 +219,7 @@ class AdaLFLMixin:
             self._adalfl_close()
             self.adalfl.to("cpu")
             # A process that was started for this fit gives back its `state_dict` alone.
-            self._adalfl_comes_back = returns_from_processes(self.trainer)  # type: ignore[attr-defined]
+            self._adalfl_comes_back = returns_from_processes(self.trainer)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the plain module's; at the end of a fit in another process, with what is learned beside it."""
@@ -273,25 +235,6 @@ class AdaLFLMixin:
             state_dict = {name: value for name, value in state_dict.items() if name != _KEY}
         return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
-    # Hyper-parameters: the plain module's, whatever form they have.
-
-    @classmethod
-    def load_from_checkpoint(cls, *args: Any, adalfl: Any = None, **kwargs: Any) -> Any:
-        """Load a checkpoint of this class or of the plain one; ``adalfl`` replaces the configuration in it."""
-        token = _given.set(adalfl)
-        try:
-            return super().load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            _given.reset(token)
-
-    def save_hyperparameters(
-        self, *args: Any, ignore: str | Iterable[str] | None = None, frame: Any = None, **kwargs: Any
-    ) -> None:
-        """Save the plain module's hyper-parameters."""
-        ignored = [ignore] if isinstance(ignore, str) else list(ignore or ())
-        frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
-        super().save_hyperparameters(*args, ignore=[*ignored, "adalfl"], frame=frame, **kwargs)  # type: ignore[misc]
-
     # Of this library.
 
     def _adalfl_learner(self) -> MetaLearner:
@@ -304,13 +247,14 @@ class AdaLFLMixin:
 
     def _adalfl_online(self) -> OnlineRun:
         """Return the run of this fit, made on demand: a learning-rate finder trains before `on_fit_start`."""
-        learner, trainer, run = self._adalfl_learner(), self.trainer, self._adalfl_run  # type: ignore[attr-defined]
+        learner, trainer, run = self._adalfl_learner(), self.trainer, self._adalfl_run
         optimizer = base_optimizer(trainer, learner)
         if run is None or run.trainer is not trainer or run.optimizer is not optimizer:
             self._adalfl_close()
             owners = [base for base in type(self).__mro__ if "adalfl_predict" in base.__dict__]
             predict = checked_predict(self)
-            run = OnlineRun(self, learner, optimizer, predict, len(owners) > 1, self.adalfl_meta_dataloader)
+            kind = OnlineRun if self.automatic_optimization else ManualRun  # type: ignore[attr-defined]
+            run = kind(self, learner, optimizer, predict, len(owners) > 1, self.adalfl_meta_dataloader)
             self._adalfl_run = run
             processes, self._adalfl_processes = self._adalfl_processes, None
             checkpoints.resume(self, run, processes)
@@ -323,33 +267,13 @@ class AdaLFLMixin:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the module, as weight averaging makes one, has no part in the fit that is under way.
-        state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
         return {**state, "_adalfl_run": None, "_adalfl_offline": None}
 
 
 def _calls_super(owner: type, name: str) -> bool:
-    return "super" in owner.__dict__[name].__code__.co_names
-
-
-def _give_signature(cls: type) -> None:
-    """Let a class show the arguments of the plain module's constructor, with ``adalfl`` beside them."""
-    plain = next(
-        (base for base in cls.__mro__[1:] if "__init__" in base.__dict__ and not issubclass(base, AdaLFLMixin)), None
-    )
-    if "__init__" in cls.__dict__ or plain is None:
-        return
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        _super(cls, self).__init__(*args, **kwargs)
-
-    signature = inspect.signature(plain.__init__)  # type: ignore[misc]
-    own = [p for p in signature.parameters.values() if p.name != "adalfl"]
-    given = inspect.Parameter("adalfl", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=AdaLFLConfig)
-    place = len(own) - any(p.kind is p.VAR_KEYWORD for p in own)
-    own.insert(place, given)
-    __init__.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
-    __init__.__qualname__ = f"{cls.__qualname__}.__init__"
-    cls.__init__ = __init__  # type: ignore[misc]
+    code = getattr(inspect.unwrap(owner.__dict__[name]), "__code__", None)
+    return code is None or not {"super", "AdaLFLMixin"}.isdisjoint(code.co_names)
 
 
 @rank_zero_only

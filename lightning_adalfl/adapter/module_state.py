@@ -42,7 +42,9 @@ class ModuleState:
         """Keep from now on what differs from ``before``, which was captured before the first step."""
         known = {(id(m), name) for m, name, _, _ in before}
         new = [(m, name) for m in self._modules for name in vars(m) if name not in _TORCH]
-        changed = [(m, name) for m, name, value, content in before if _differs(vars(m).get(name, _ABSENT), value, content)]
+        changed = [
+            (m, name) for m, name, value, content in before if _differs(vars(m).get(name, _ABSENT), value, content)
+        ]
         self._names = [*changed, *((m, name) for m, name in new if (id(m), name) not in known)]
 
     @staticmethod

@@ -70,20 +70,31 @@ class ObservedCalls:
     Args:
         module: The user's module.
         device: Where it draws random numbers.
+        on_first: Is run before the first call of which anything is kept for an evaluation.
+
+    Attributes:
+        calls: Those observed since :meth:`forget`.
+        way: Says what of each call is kept for an evaluation; ``None`` for nothing.
+        answers: The calls that have been answered, in their order.
+        has_run: Whether a module has run in place of being answered.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, on_first: Callable[[], None]) -> None:
         self._device = device
+        self._on_first = on_first
         self.modules = list(_outside_the_compiler(module))
         self._intercepted = InterceptedCalls(self.modules, self._handle)
         self._on_call: Callable[..., Any] | None = None
         self._depth = 0
-        self._on_first: Callable[[], None] | None = None
+        self._is_intercepting = False
+        self._is_first_call = True
         # Calls whose output the step changes in place: known once the first step has run, until then all.
-        self._changed: set[tuple[int, int]] | None = None
+        self._changed: set[tuple[int, int]] = set()
+        self._knows_changed = False
         self.calls: list[Call] = []
+        self.way: JacobianProduct | None = None
         self.answers: list[Call] = []
-        self.has_run = False  # a module, in place of being answered
+        self.has_run = False
 
     def _handle(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._depth or self._on_call is None:
@@ -91,13 +102,15 @@ class ObservedCalls:
         return self._on_call(module, call, args, kwargs)
 
     @contextmanager
-    def _handling(self, on_call: Callable[..., Any]) -> Iterator[None]:
-        self._on_call, self._depth = on_call, 0
+    def handling(self, on_call: Callable[..., Any] | None) -> Iterator[None]:
+        """Hand the calls in the body to a function; ``None`` lets them run, in a step that is observed too."""
+        before = self._on_call, self._depth, self._is_intercepting
+        self._on_call, self._depth, self._is_intercepting = on_call, 0, True
         try:
-            with self._intercepted:
+            with nullcontext() if before[2] else self._intercepted:
                 yield
         finally:
-            self._on_call = None
+            self._on_call, self._depth, self._is_intercepting = before
 
     def _run(self, call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         self._depth += 1
@@ -107,18 +120,14 @@ class ObservedCalls:
             self._depth -= 1
 
     @contextmanager
-    def observing(self, way: JacobianProduct | None, on_first: Callable[[], None] | None = None) -> Iterator[None]:
-        """Observe the calls in the body.
-
-        Args:
-            way: Says what of each call is kept for an evaluation; ``None`` for nothing.
-            on_first: Is run before the first call.
-        """
+    def observing(self) -> Iterator[None]:
+        """Observe the calls in the body."""
 
         def observed(module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._on_first is not None:
+            way = self.way
+            if way is not None and self._is_first_call and not self.calls:
                 self._on_first()
-                self._on_first = None
+                self._is_first_call = False
             before = TorchState.capture(self._device)
             args, kwargs = map_tensors(lambda t: t, (args, kwargs))
             versions = [version(t) for t in tensors_in((args, kwargs))]
@@ -127,21 +136,26 @@ class ObservedCalls:
             if not any(t.requires_grad for t in tensors_in(output)):
                 return output
             place = (id(module), sum(c.module is module for c in self.calls))
-            is_changed = self._changed is None or place in self._changed
+            is_changed = not self._knows_changed or place in self._changed
             # A copy for the step to change: the output itself stays what the module gave, graph and all.
             returned = map_tensors(_copy, output) if is_changed else output
             after = TorchState.capture(self._device)
             self.calls.append(Call(module, args, kwargs, versions, before, after, output, returned, kept))
             return returned
 
-        self.calls, self.answers, self._on_first = [], [], on_first
-        with self._handling(observed):
+        with self.handling(observed):
             yield
-        if self._changed is None:
-            self._find_changed()
+        self._find_changed()
+        self._knows_changed = True
+
+    def forget(self) -> None:
+        """Let go of the calls so far, and of their graphs."""
+        self._find_changed()
+        self.calls, self.answers, self._is_first_call = [], [], True
 
     def _find_changed(self) -> None:
-        self._changed = set()
+        if self._knows_changed:
+            return
         seen: dict[int, int] = {}
         for call in self.calls:
             place = (id(call.module), seen.setdefault(id(call.module), 0))
@@ -178,7 +192,8 @@ class ObservedCalls:
 
             return map_tensors(leaf, known.output)
 
-        with self._handling(answered):
+        self.answers = []
+        with self.handling(answered):
             yield
 
     def evaluate(
@@ -208,7 +223,7 @@ class ObservedCalls:
             found.append(tensors_in(output))
             return output
 
-        with self._handling(again):
+        with self.handling(again):
             predict()
         if len(found) != len(answers):
             raise ValueError(

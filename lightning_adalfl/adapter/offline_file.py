@@ -52,11 +52,14 @@ class OfflineFile:
         """
         states = None
         if self.is_enabled and self._trainer.is_global_zero and exists(self.path):
-            states = self._read(first)
+            try:
+                states = self._read(first)
+            except ValueError as error:
+                warnings.warn(f"The offline phase starts over: {error}.", stacklevel=3)
         states = self._trainer.strategy.broadcast(states)
         return None if states is None else states[self._trainer.global_rank]
 
-    def _read(self, first: float) -> list[dict[str, Any]] | None:
+    def _read(self, first: float) -> list[dict[str, Any]]:
         try:
             data = read_bytes(self.path)
             with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch itself passes over checksums
@@ -66,16 +69,17 @@ class OfflineFile:
             states, version = saved["processes"], saved["version"]
             known, step = float(states[0]["first"]), int(states[0]["step"])
         except Exception as error:  # whatever torch makes of bytes that are not its own
-            return _starts_over(f"{self.path} cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{self.path} cannot be read ({type(error).__name__}: {reason})") from error
         if version != _FORMAT_VERSION or len(states) != self._trainer.world_size:
-            return _starts_over(
+            raise ValueError(
                 f"{self.path} was written by another version of lightning_adalfl, or for {len(states)} processes where "
                 f"there are {self._trainer.world_size}"
             )
         if not math.isclose(known, first, rel_tol=_SAME):
-            return _starts_over(
-                f"the one in {self.path} began with a task loss of {known:.6g} and this one with {first:.6g}, so model, "
-                "data or code have changed since"
+            raise ValueError(
+                f"the one in {self.path} began with a task loss of {known:.6g} and this one with {first:.6g}, so "
+                "model, data or code have changed since"
             )
         rank_zero_info(f"Offline phase: going on after {step} meta steps, from {self.path}.")
         return states
@@ -84,7 +88,3 @@ class OfflineFile:
         """Delete the file: what it held is in a checkpoint, or in a model that has been trained to the end."""
         if self._trainer.is_global_zero and exists(self.path):
             remove(self.path)
-
-
-def _starts_over(why: str) -> None:
-    warnings.warn(f"The offline phase starts over: {why}.", stacklevel=4)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adalfl.adapter.lightning_private import transferred
+from lightning_adalfl.adapter.lightning_private import loss_of, transferred
 from lightning_adalfl.adapter.meta_batches import EndlessBatches
 from lightning_adalfl.adapter.plugins import LossScale, broadcast, mean_over_processes, own_scale
-from lightning_adalfl.adapter.user_step import StepObserver
-from lightning_adalfl.learning.base_step import BaseForward, BaseStep
+from lightning_adalfl.adapter.user_step import Found, StepObserver
+from lightning_adalfl.learning.base_step import BaseForward
 from lightning_adalfl.learning.meta_learner import MetaLearner
 from lightning_adalfl.learning.optimizer_vjp import Clipping
 from lightning_adalfl.learning.recorded_forward import Predict, RandomState, RandomStream
@@ -60,6 +61,7 @@ class OnlineRun:
         self.clipping: Clipping | None = None
         self._clipped: list[Tensor] | None = None
         self._rates: list[Any] = []
+        self._others: list[tuple[Tensor, Tensor]] = []
         self._is_checked = False
         broadcast(learner, self.trainer)
         self._handles = [
@@ -72,6 +74,7 @@ class OnlineRun:
         for handle in self._handles:
             handle.remove()
         self.base_step.clear()
+        self._observer.end()
 
     # In the training step.
 
@@ -82,26 +85,44 @@ class OnlineRun:
             step: Runs it on ``batch``.
             batch: What it is given.
         """
-        learner, due = self.learner, self.learner.is_due
-        if self.base_step.forwards and all(p.grad is None for p in self.base_step.parameters):
-            self.zero_grad()  # as the user has done, in whatever way
+        due = self._begin()
         if self._is_checked and not due and not self._bends:
             return step(), None
-        if due and self._has_new_parameters():
+        with self._observer.observing(batch, self.base_step.jvp if due else None):
+            output = step()
+        loss = loss_of(output)
+        found = None
+        if isinstance(loss, Tensor) and loss.requires_grad:  # or else it skips the batch
+            found = self._observer.found()
+        descent = None if found is None else self._descent(loss, found)
+        self._observer.end()
+        return output, descent
+
+    def _begin(self) -> bool:
+        """Make ready for a training step; return whether its base step is followed by a meta step."""
+        learner, step = self.learner, self.base_step
+        # Of a step that ended in an error, nothing is left to go backward from.
+        step.forwards = [f for f in step.forwards if f.descent is not None and f.descent.scale is not None]
+        if step.forwards and all(p.grad is None for p in step.parameters):
+            step.clear()  # as the user has done, in whatever way
+        if learner.is_due and self._has_new_parameters():
             # A callback that unfreezes layers has given the optimizer more to train.
-            self.base_step.clear()
+            step.clear()
             self.base_step = learner.new_base_step(self.module, self.optimizer, self._predict)
         torch.clear_autocast_cache()
-        found = self._observer.run(step, batch, self.base_step.jvp if due else None)
-        if found.predicted is None or found.loss is None:
-            return found.output, None
+        return learner.is_due
+
+    def _descent(self, loss: Tensor, found: Found) -> Descent:
         if not self._is_checked:
-            learner.check(found.predicted)
+            self.learner.check(found.predicted)
             self._is_checked = True
-        descent = learner.objective.descend(found.loss, found.predicted)
+        descent = self.learner.objective.descend(loss, found.predicted)
         if found.recorded is not None:
             self.base_step.forwards.append(BaseForward(found.recorded, found.predicted, descent))
-        return found.output, descent
+            own = {id(p) for p in self.base_step.parameters}
+            others = [p for o in self.trainer.optimizers for g in o.param_groups for p in g["params"]]
+            self._others = [(p, p.detach().clone()) for p in others if id(p) not in own and p.requires_grad]
+        return descent
 
     @property
     def _bends(self) -> bool:
@@ -153,6 +174,7 @@ class OnlineRun:
         if all(p.grad is None for p in step.parameters):
             step.clear()
             return
+        self._check_descended()
         if learner.is_due and step.forwards:
             step.loss_scale = own_scale(self.trainer)
             step.after_step(self.clipping, self._clipped)
@@ -160,8 +182,14 @@ class OnlineRun:
                 self._check_reached()
                 self._meta_step()
         self.clipping = self._clipped = None
+        self._others = []
         step.clear()
         learner.count_base_step(step.parameters)
+        # In manual optimization a step may be followed by another on the same batch.
+        self._observer.expect(step.jvp if learner.is_due else None)
+
+    def _check_descended(self) -> None:
+        """Raise unless the gradient of a step came from a loss that was descended; in automatic optimization it did."""
 
     def _check_reached(self) -> None:
         descents = [f.descent for f in self.base_step.forwards if f.descent is not None]
@@ -176,8 +204,20 @@ class OnlineRun:
         with self.stream.drawing(), self.trainer.precision_plugin.train_step_context():
             is_training = learner.config.meta_data == "train"
             batch = transferred(self.module, next(self._meta_batches()), is_training)
-            with self._observer.state_kept():
+            with self._observer.state_kept(), self._others_put_back():
                 learner.meta_step(self.base_step, batch, all_reduce=self._reduce, scale=self._scale)
+
+    @contextmanager
+    def _others_put_back(self) -> Iterator[None]:
+        """Let the parameters of other optimizers, which may have stepped since, be those of the forward."""
+        now = [p.data for p, _ in self._others]
+        for p, before in self._others:
+            p.data = before
+        try:
+            yield
+        finally:
+            for (p, _), value in zip(self._others, now):
+                p.data = value
 
     def _meta_batches(self) -> Iterator[Any]:
         if self.batches is None:

@@ -80,8 +80,8 @@ def checked_predict(module: Any) -> Predict:
             return tuple(result)
         kinds = [type(item).__name__ for item in result] if is_sequence else type(result).__name__
         raise TypeError(
-            f"`adalfl_predict` must return tensors (predictions, target) or (predictions, target, weight); got {kinds}. "
-            f"Override it in {type(module).__name__} to pick them from the model's output."
+            f"`adalfl_predict` must return tensors (predictions, target) or (predictions, target, weight); got "
+            f"{kinds}. Override it in {type(module).__name__} to pick them from the model's output."
         )
 
     return checked

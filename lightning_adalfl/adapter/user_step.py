@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_adalfl.adapter.lightning_private import loss_of
 from lightning_adalfl.adapter.module_state import ModuleState
 from lightning_adalfl.adapter.observed_calls import Call, ObservedCalls
 from lightning_adalfl.learning.jvp import JacobianProduct
 from lightning_adalfl.learning.recorded_forward import Predict, RandomState, RecordedForward, TorchState, Using
-from lightning_adalfl.learning.torch_private import map_tensors, leaves_of_graph, tensors_in, version
+from lightning_adalfl.learning.torch_private import leaves_of_graph, map_tensors, tensors_in, version
 from lightning_adalfl.losses.training_objective import Predicted
 
 _SAY_HOW = """Say how they are predicted, in a method of {name}:
@@ -28,20 +27,30 @@ _SAY_HOW = """Say how they are predicted, in a method of {name}:
 
 
 @dataclass
-class UserStep:
-    """What a training step did.
+class Found:
+    """What a training step has predicted.
 
     Attributes:
-        output: What it returned.
-        loss: The loss in it; ``None`` where it skips the batch.
         predicted: The predictions as a function of the outputs that the loss was computed from.
         recorded: What an evaluation of these outputs needs, where it was asked for.
     """
 
-    output: Any
-    loss: Tensor | None = None
-    predicted: Predicted | None = None
-    recorded: RecordedForward | None = None
+    predicted: Predicted
+    recorded: RecordedForward | None
+
+    def reaches(self, loss: Tensor) -> bool:
+        """Return whether a loss was computed from the outputs."""
+        wanted = {o.grad_fn for o in self.predicted.outputs}
+        seen: set[Any] = set()
+        waiting: list[Any] = [loss.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node in wanted:
+                return True
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [parent for parent, _ in node.next_functions]
+        return False
 
 
 class StepObserver:
@@ -72,77 +81,108 @@ class StepObserver:
         self._says_how = says_how
         self._device = device
         self._buffers = buffers
-        self._calls = ObservedCalls(module, device)
+        self._calls = ObservedCalls(module, device, self._keep_start)
         self._state = ModuleState(self._calls.modules)
         self._is_first = True
         self._draws_elsewhere = False
+        self._batch: Any = None
+        self._versions: dict[int, int] = {}
+        self._start: dict[str, Any] = {}
         self._wanted: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         # Of each input of an answered call: whether it was the very tensor of the batch.
-        self._same: dict[tuple[int, int], bool] = {}
-
-    def run(self, step: Callable[[], Any], batch: Any, way: JacobianProduct | None) -> UserStep:
-        """Run a training step.
-
-        Args:
-            step: Runs it on ``batch``.
-            batch: What it is given.
-            way: Says what is kept for an evaluation; ``None`` where there will be none.
-
-        Raises:
-            ValueError: If its predictions cannot be found, or held-out batches would be predicted otherwise.
-        """
-        copied = map_tensors(lambda t: t, batch)
-        versions = {id(t): version(t) for t in tensors_in(batch)}
-        start: dict[str, Any] = {}
-
-        def keep_state() -> None:
-            start.update(random=RandomState.capture(self._device), state=self._state.capture(), buffers=self._buffers())
-
-        everything = self._state.capture() if self._is_first else None
-        with self._calls.observing(way, keep_state if way is not None else None):
-            output = step()
-        if everything is not None:
-            self._state.find_changing(everything)
-        loss = loss_of(output)
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
-            self._calls.calls = []
-            return UserStep(output)  # a skipped batch, or what Lightning has a word to say about
-        predicted, wanted = self._predicted(copied, versions)
-        recorded = self._recorded(copied, predicted, wanted, start) if way is not None else None
-        self._calls.calls, self._is_first = [], False
-        return UserStep(output, loss, predicted, recorded)
+        self._same: dict[tuple[int, int, int], bool] = {}
 
     @contextmanager
-    def state_kept(self) -> Iterator[None]:
-        """Leave the modules' attributes as they are: the body predicts on other batches."""
-        state = self._state.capture()
+    def observing(self, batch: Any, way: JacobianProduct | None) -> Iterator[None]:
+        """Observe a training step, the body.
+
+        Args:
+            batch: What it is given.
+            way: Says what is kept for an evaluation; ``None`` where there will be none.
+        """
+        self._batch = map_tensors(lambda t: t, batch)
+        self._versions = {id(t): version(t) for t in tensors_in(batch)}
+        self.forget(way)
+        everything = self._state.capture() if self._is_first else None
         try:
-            yield
-        finally:
-            self._state.restore(state)
+            with self._calls.observing():
+                yield
+        except BaseException:
+            self.end()
+            raise
+        if everything is not None:
+            self._state.find_changing(everything)
 
-    def _predicted(self, batch: Any, versions: dict[int, int]) -> tuple[Predicted, list[tuple[int, int]]]:
-        calls = self._calls
+    def forget(self, way: JacobianProduct | None) -> None:
+        """Let go of the calls so far; of those to come ``way`` keeps what it wants."""
+        self._calls.forget()
+        self._calls.way, self._start = way, {}
 
-        def choose(left: Sequence[Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-            return self._chosen(left, tensors_in((args, kwargs)), versions)
+    def expect(self, way: JacobianProduct | None) -> None:
+        """Let ``way`` keep what it wants of the calls to come, if they are the first."""
+        self._calls.way = way
 
-        if not calls.calls:
+    def end(self) -> None:
+        """Let go of all that the step left."""
+        self.forget(None)
+        self._batch, self._versions = None, {}
+
+    def _keep_start(self) -> None:
+        random = RandomState.capture(self._device)
+        self._start = {"random": random, "state": self._state.capture(), "buffers": self._buffers()}
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether a module has been called since :meth:`forget`."""
+        return bool(self._calls.calls)
+
+    def found(self, is_certain: bool = True) -> Found | None:
+        """Return what was predicted.
+
+        Args:
+            is_certain: Whether there must be something; if not, predictions of another origin are ``None``.
+
+        Raises:
+            ValueError: If it cannot be found, or held-out batches would be predicted otherwise.
+        """
+        if not self.has_calls:
             raise ValueError(
                 f"{self._name}.training_step predicts without calling a module under a graph, so that its predictions "
                 "cannot be found. Call the module or a submodule; in a checkpoint around it, set `use_reentrant=False`."
             )
-        with self._put_back(), torch.enable_grad(), calls.answering(choose):
-            predictions, target, *weight = self._predict(map_tensors(lambda t: t, batch))
-        if self._is_first:
-            self._check(predictions, [target, *weight], versions)
+        for call in self._calls.calls:
+            call.is_answered = False
+        with self._put_back(), torch.enable_grad(), self._calls.answering(self._chosen):
+            predictions, target, *weight = self._predict(map_tensors(lambda t: t, self._batch))
         wanted = self._cut(predictions)
-        answers = calls.answers
+        if not wanted and not is_certain:
+            return None
+        if self._is_first:
+            self._check(predictions, [target, *weight])
+        if not wanted:
+            raise ValueError(
+                f"the predictions of `adalfl_predict` do not come from what {self._name}.training_step computed: no "
+                "module that it calls was called by the step with a gradient. Let both call the same modules, and do "
+                "not detach or round the predictions."
+            )
+        answers = list(self._calls.answers)
         outputs = [tensors_in(answers[i].output)[place] for i, place in wanted]
         leaves = [answers[i].leaves[place] for i, place in wanted]
         if len(wanted) == 1 and predictions is answers[wanted[0][0]].given[wanted[0][1]]:
             predictions = leaves[0]
-        return Predicted(outputs, leaves, predictions, target, weight[0] if weight else None), wanted
+        predicted = Predicted(outputs, leaves, predictions, target, weight[0] if weight else None)
+        self._is_first = False
+        return Found(predicted, self._recorded(answers, predicted, wanted) if self._start else None)
+
+    @contextmanager
+    def state_kept(self) -> Iterator[None]:
+        """Leave the modules' attributes as they are, and its calls unobserved: the body predicts on other batches."""
+        state = self._state.capture()
+        try:
+            with self._calls.handling(None):
+                yield
+        finally:
+            self._state.restore(state)
 
     def _cut(self, predictions: Tensor) -> list[tuple[int, int]]:
         """Return the outputs that the predictions depend on, each by its answer and its place there."""
@@ -152,17 +192,9 @@ class StepObserver:
             leaves = {(i, place): leaf for i, c in enumerate(answers) for place, leaf in c.leaves.items()}
             gradients: Sequence[Any] = ()
             if predictions.requires_grad and leaves:
-                zero = torch.zeros_like(predictions)
-                gradients = torch.autograd.grad(
-                    predictions, list(leaves.values()), zero, retain_graph=True, allow_unused=True
-                )
+                ends, zero = list(leaves.values()), torch.zeros_like(predictions)
+                gradients = torch.autograd.grad(predictions, ends, zero, retain_graph=True, allow_unused=True)
             self._wanted[shape] = [key for key, gradient in zip(leaves, gradients) if gradient is not None]
-        if not self._wanted[shape]:
-            raise ValueError(
-                f"the predictions of `adalfl_predict` do not come from what {self._name}.training_step computed: no "
-                "module that it calls was called by the step with a gradient. Let both call the same modules, and do "
-                "not detach or round the predictions."
-            )
         return self._wanted[shape]
 
     @contextmanager
@@ -189,8 +221,9 @@ class StepObserver:
             random.restore()
             self._state.restore(state)
 
-    def _chosen(self, left: Sequence[Call], given: list[Tensor], versions: dict[int, int]) -> Call:
+    def _chosen(self, left: Sequence[Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Return the observed call that has the inputs that are given, or else the first; refuse changed inputs."""
+        given = tensors_in((args, kwargs))
         known = next((c for c in left if _identical(c.inputs, given)), None)
         if known is None and len(left) > 1:
             known = next((c for c in left if _equal(c.inputs, given)), None)
@@ -201,28 +234,29 @@ class StepObserver:
                 "call, so that the call cannot be evaluated again. Change a copy: `x = x.clone()`."
             )
         if not self._says_how:
-            self._check_inputs(known, given, versions)
+            self._check_inputs(known, given)
         return known
 
-    def _check_inputs(self, known: Call, given: list[Tensor], versions: dict[int, int]) -> None:
+    def _check_inputs(self, known: Call, given: list[Tensor]) -> None:
         """Raise unless the step has predicted from the batch as ``adalfl_predict`` does."""
         answer = len(self._calls.answers)
         pairs = zip(known.inputs, known.versions, given)
         is_changed = len(known.inputs) != len(given)
         for i, (old, at_call, new) in enumerate(pairs):
-            is_same = old is new and at_call == versions.get(id(old), at_call)
-            was_same = self._same.setdefault((answer, i), is_same)
-            if is_same or (old is not new and not self._is_first and not was_same and old.shape == new.shape):
+            is_same = old is new and at_call == self._versions.get(id(old), at_call)
+            was_same = self._same.get((id(known.module), answer, i))
+            self._same.setdefault((id(known.module), answer, i), is_same)
+            if is_same or (old is not new and was_same is False and old.shape == new.shape):
                 continue  # what was equal by value once is not read again, which would wait for an accelerator
             is_changed = is_changed or old is new or not _equal([old], [new])
         if is_changed:
             raise ValueError(
-                f"{self._name}.training_step changes what it predicts from, as by normalisation, noise or mixup, before "
-                f"it calls {type(known.module).__name__}; held-out batches would be predicted from unchanged inputs. "
-                + _SAY_HOW.format(name=self._name, prepare="x")
+                f"{self._name}.training_step changes what it predicts from, as by normalisation, noise or mixup, "
+                f"before it calls {type(known.module).__name__}; held-out batches would be predicted from unchanged "
+                "inputs. " + _SAY_HOW.format(name=self._name, prepare="x")
             )
 
-    def _check(self, predictions: Tensor, targets: list[Tensor], versions: dict[int, int]) -> None:
+    def _check(self, predictions: Tensor, targets: list[Tensor]) -> None:
         if not predictions.is_floating_point():
             raise ValueError(
                 f"the predictions of `adalfl_predict` must be floating point; got {predictions.dtype}. Return raw "
@@ -234,16 +268,14 @@ class StepObserver:
                 "outside of any module, or in other modules than `adalfl_predict`. Move it into a submodule or the "
                 "forward, and call the same modules in both."
             )
-        if not self._says_how and any(version(t) != versions.get(id(t), version(t)) for t in targets):
+        if not self._says_how and any(version(t) != self._versions.get(id(t), version(t)) for t in targets):
             raise ValueError(
                 f"{self._name}.training_step changes the target in place, which held-out batches would not see. "
                 + _SAY_HOW.format(name=self._name, prepare="y")
             )
 
-    def _recorded(
-        self, batch: Any, predicted: Predicted, wanted: list[tuple[int, int]], start: dict[str, Any]
-    ) -> RecordedForward:
-        calls, answers, state = self._calls, list(self._calls.answers), self._state
+    def _recorded(self, answers: list[Call], predicted: Predicted, wanted: list[tuple[int, int]]) -> RecordedForward:
+        calls, state, start, batch = self._calls, self._state, self._start, self._batch
 
         def replay(using: Using) -> Sequence[Tensor]:
             now = state.capture()
