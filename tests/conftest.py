@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_adalfl.hypergradient.tangent_rules import PrimalTape
+from lightning_adalfl.learning.forward_mode import PrimalTape
 
 torch.set_num_threads(1)
 

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_adalfl.learning.jvp import JacobianProduct
@@ -73,8 +72,7 @@ class ForwardMode(JacobianProduct):
         """
         _load_decompositions()
         # No parameter asks for a gradient, so there is no graph; where the model itself forbids one, no tangent passes.
-        # Fused attention has no forward mode on any device; the plain formula has.
-        with torch.enable_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), forward_ad.dual_level():
             duals = {i: forward_ad.make_dual(p, u) for (i, p), u in zip(before.items(), direction)}
             try:
                 tangents = [forward_ad.unpack_dual(o).tangent for o in self._run(model, forward, duals)]

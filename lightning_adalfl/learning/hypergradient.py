@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import SGD
 
 from lightning_adalfl.learning.base_step import BaseForward, BaseStep
+from lightning_adalfl.learning.jvp import run_plain
 from lightning_adalfl.learning.torch_private import checkpoints_not_reentrant, dot
 from lightning_adalfl.losses.training_objective import BatchLoss, Descent, TrainingObjective
 
@@ -78,12 +80,15 @@ def hypergradient(
             does not need it.
 
     Raises:
-        ValueError: If a step was not recorded, or its forward gives another result when it is run again.
+        ValueError: If a step was not recorded, its forward gives another result when it is run again, or the optimizer
+            of an inner loop does more than descend the gradient.
         ForwardModeError: If the model has an operation without forward-mode AD; says what works instead.
     """
     chain = [steps] if isinstance(steps, BaseStep) else list(steps)
     if not chain or not all(step.is_recorded for step in chain):
         raise ValueError("`steps` must hold recorded base steps; call `forward`, `descend` and `step` on each first.")
+    if len(chain) > 1:
+        _check_inner_loop(chain)
     last = chain[-1]
     # The casts that an autocast context around the base step keeps are those of θ_t.
     torch.clear_autocast_cache()
@@ -144,12 +149,8 @@ def _add_part(
     result: Hypergradient, step: BaseStep, forward: BaseForward, scale: float, u: Sequence[Tensor], is_last: bool
 ) -> None:
     """Add what one forward says: ``h = J_t u``, and what follows from it."""
-    descent = forward.descent
-    if descent is None or descent.scale is None:
-        raise ValueError("a forward of the base step has no backward; call `descend(...).backward()` on each.")
+    descent, factor = _descended(step, forward, scale)
     h = step.jacobian_times(forward, u)
-    # What the loss was multiplied by, and a scaler has not taken out again, is in the gradient.
-    factor = descent.scale / step.loss_scale * scale
     result._parts.append((descent, factor, h))
     if is_last:
         result.influence.append(descent.influence(h) * factor)
@@ -170,25 +171,52 @@ def _summed(parts: Sequence[tuple[Descent, Tensor, list[Tensor]]]) -> dict[str, 
 def _before(step: BaseStep, vector: Sequence[Tensor], scale: float, u: Sequence[Tensor]) -> list[Tensor]:
     """Return the adjoint of θ before a plain gradient step from that after it: ``λ + (∂g/∂θ)ᵀ u``.
 
-    Memory grows by one copy of the parameters a step of the loop, and not by one graph.
+    Memory grows by a copy of the parameters a step of the loop, and what the way to h keeps, and not by a graph.
     """
     result = list(vector)
-    before = step.values_before()
     for forward in step.forwards:
-        if forward.own_loss is None or forward.descent is None or forward.descent.scale is None:
-            raise ValueError("the steps of an inner loop need the own loss as a function; pass `descend` one.")
-        with torch.enable_grad():
-            values = {i: p.detach().requires_grad_() for i, p in before.items()}
-            recorded = forward.recorded
-            (f,) = step.model.at(recorded, values, lambda kept: nullcontext())
-            m = forward.descent.objective.gradient(forward.own_loss, f, recorded.target, recorded.weight)
-            gradients = torch.autograd.grad(f, list(values.values()), m, create_graph=True, allow_unused=True)
-            pairs = [(g, t) for g, t in zip(gradients, u) if g is not None and g.requires_grad]
-            product = torch.autograd.grad(
-                [g for g, _ in pairs], list(values.values()), [t for _, t in pairs], allow_unused=True
-            )
-        factor = forward.descent.scale / step.loss_scale * scale
-        for i, part in zip(before, product):
-            if part is not None:
-                result[i] = result[i] + part * factor.to(part)
+        descent, factor = _descended(step, forward, scale)
+        for i, part in zip(step.active, _curvature_times(step, forward, descent, u)):
+            result[i] = result[i] + part * factor.to(part)
     return result
+
+
+def _curvature_times(step: BaseStep, forward: BaseForward, descent: Descent, u: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``(∂g/∂θ)ᵀ u`` of the gradient g that one forward has given, over the active parameters."""
+    own_loss, recorded = forward.own_loss, forward.recorded
+    if own_loss is None:
+        raise ValueError("the steps of an inner loop need the own loss as a function; pass `descend` one.")
+    values = {i: p.detach().requires_grad_() for i, p in step.values_before().items()}
+    theta = list(values.values())
+
+    def of_outputs(outputs: list[Tensor]) -> list[Tensor]:
+        (f,) = outputs
+        m = descent.objective.gradient(own_loss, f, recorded.target, recorded.weight)
+        gradients = torch.autograd.grad(f, theta, m, create_graph=True, allow_unused=True)
+        pairs = [(g, t) for g, t in zip(gradients, u) if g is not None and g.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(p) for p in theta]
+        curved, weights = zip(*pairs)
+        return list(torch.autograd.grad(curved, theta, weights, allow_unused=True, materialize_grads=True))
+
+    with torch.enable_grad():
+        return run_plain(step.model, recorded, values, lambda kept: nullcontext(), of_outputs)
+
+
+def _descended(step: BaseStep, forward: BaseForward, scale: float) -> tuple[Descent, Tensor]:
+    """Return what a forward has descended, and the factor with which that is in the step."""
+    descent = forward.descent
+    if descent is None or descent.scale is None:
+        raise ValueError("a forward of the base step has no backward; call `descend(...).backward()` on each.")
+    # What the loss was multiplied by, and a scaler has not taken out again, is in the gradient.
+    return descent, descent.scale / step.loss_scale * scale
+
+
+def _check_inner_loop(chain: Sequence[BaseStep]) -> None:
+    for step in chain:
+        groups = step.optimizer.param_groups
+        if type(step.optimizer) is not SGD or any(g["momentum"] or g["weight_decay"] for g in groups):
+            raise ValueError(
+                "the steps of an inner loop must be plain gradient descent, as Algorithm 1 has it; got "
+                f"{type(step.optimizer).__name__}. Use `torch.optim.SGD` without momentum and weight decay."
+            )

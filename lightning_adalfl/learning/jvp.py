@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_adalfl.learning.recorded_forward import Model, RecordedForward, Using
 from lightning_adalfl.learning.torch_private import checkpoints_run_through
+
+
+Then = Callable[[list[Tensor]], list[Tensor]]
 
 
 class JacobianProduct(ABC):
@@ -36,7 +40,7 @@ class JacobianProduct(ABC):
     def check(self, model: Model, forward: RecordedForward, before: Mapping[int, Tensor]) -> None:
         """Raise a ``ValueError`` if the forward cannot be run again with the same result; it costs a forward."""
         with torch.no_grad():
-            again = self._run(model, forward, before, lambda kept: self.using(None))
+            again = self._run(model, forward, before, using=lambda kept: self.using(None))
         for new, old in zip(again, forward.outputs):
             # Half of the digits, since another kernel may have rounded otherwise.
             tolerance = torch.finfo(old.dtype).eps ** 0.4
@@ -66,12 +70,36 @@ class JacobianProduct(ABC):
         """
 
     def _run(
-        self, model: Model, forward: RecordedForward, values: Mapping[int, Tensor], using: Using | None = None
+        self,
+        model: Model,
+        forward: RecordedForward,
+        values: Mapping[int, Tensor],
+        then: Then | None = None,
+        using: Using | None = None,
     ) -> list[Tensor]:
-        # Compiled parts know neither dual tensors nor a second backward.
-        stance = "default" if self.runs_compiled else "force_eager"
-        with checkpoints_run_through(), torch.compiler.set_stance(stance):
-            return model.at(forward, values, using or self.using)
+        using = using or self.using
+        if not self.runs_compiled:
+            return run_plain(model, forward, values, using, then)
+        with checkpoints_run_through():
+            return model.at(forward, values, using, then)
+
+
+def run_plain(
+    model: Model, forward: RecordedForward, values: Mapping[int, Tensor], using: Using, then: Then | None = None
+) -> list[Tensor]:
+    """Return the outputs of a recorded forward at other values of θ, by operations that can be differentiated again.
+
+    Compiled parts and fused attention know neither dual tensors nor a second backward.
+
+    Args:
+        model: The base model.
+        forward: The base forward.
+        values: Values of θ by their index.
+        using: See :attr:`RecordedForward.replay`.
+        then: What is to be made of the outputs while the values are in place, as checkpoints need it.
+    """
+    with checkpoints_run_through(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
+        return model.at(forward, values, using, then)
 
 
 class FiniteDifference(JacobianProduct):
@@ -110,9 +138,9 @@ class DoubleBackward(JacobianProduct):
         self, model: Model, forward: RecordedForward, before: Mapping[int, Tensor], direction: Sequence[Tensor]
     ) -> list[Tensor]:
         """Return the derivative by w of ``⟨Jᵀ w, u⟩``."""
-        with torch.enable_grad():
-            values = {i: p.detach().requires_grad_() for i, p in before.items()}
-            outputs = self._run(model, forward, values)
+        values = {i: p.detach().requires_grad_() for i, p in before.items()}
+
+        def twice_transposed(outputs: list[Tensor]) -> list[Tensor]:
             vectors = [torch.zeros_like(o).requires_grad_() for o in outputs]
             transposed = torch.autograd.grad(
                 outputs, list(values.values()), vectors, create_graph=True, materialize_grads=True, allow_unused=True
@@ -121,4 +149,7 @@ class DoubleBackward(JacobianProduct):
             product = torch.autograd.grad(
                 [t for t, _ in pairs], vectors, [u for _, u in pairs], allow_unused=True, materialize_grads=True
             )
-        return list(product)
+            return list(product)
+
+        with torch.enable_grad():
+            return self._run(model, forward, values, twice_transposed)

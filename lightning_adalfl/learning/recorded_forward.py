@@ -220,10 +220,28 @@ class Model:
         )
         return forward, found
 
-    def at(self, forward: RecordedForward, values: Mapping[int, Tensor], using: Using) -> list[Tensor]:
-        """Return the outputs of a recorded forward at other values of θ, given by their index."""
+    def at(
+        self,
+        forward: RecordedForward,
+        values: Mapping[int, Tensor],
+        using: Using,
+        then: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ) -> list[Tensor]:
+        """Return the outputs of a recorded forward at other values of θ, given by their index.
+
+        Args:
+            forward: The base forward.
+            values: Values of θ by their index.
+            using: See :attr:`RecordedForward.replay`.
+            then: What is to be made of the outputs while the values are in place: a checkpoint looks at them then.
+        """
+
+        def outputs() -> list[Tensor]:
+            found = list(forward.replay(using))
+            return found if then is None else then(found)
+
         with forward.random_state.replayed():
-            return list(self.run(lambda: forward.replay(using), forward.buffers, values))
+            return self.run(outputs, forward.buffers, values)
 
     def run(
         self, function: Callable[[], T], buffers: Mapping[str, Tensor], values: Mapping[int, Tensor] | None = None

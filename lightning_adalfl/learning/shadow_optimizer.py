@@ -134,20 +134,26 @@ def _without_roots_at_zero(gradient: Tensor, adjoint: Tensor) -> Tensor:
     return torch.where((gradient.square() == 0) & ~adjoint.isfinite(), torch.zeros_like(adjoint), adjoint)
 
 
-class _DefaultState(dict[Tensor, dict[str, Any]]):
+class _DefaultState(dict[Tensor, "_Entry"]):
     """Optimizers expect a state that creates the entry of a new parameter."""
 
-    def __missing__(self, key: Tensor) -> dict[str, Any]:
-        return self.setdefault(key, {})
+    def __missing__(self, key: Tensor) -> _Entry:
+        return self.setdefault(key, _Entry())
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    copies = {}
+class _Entry(dict[str, Any]):
+    """The state of one parameter, with counters in double precision.
+
+    A plain step corrects its bias in Python's doubles, a differentiable one in the precision of its counters.
+    """
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        is_count = key in COUNTERS and isinstance(value, Tensor) and value.device.type == "cpu"
+        super().__setitem__(key, value.double() if is_count and value.is_floating_point() else value)
+
+
+def _copied(state: dict[str, Any]) -> _Entry:
+    copies = _Entry()
     for key, value in state.items():
-        if not isinstance(value, Tensor):
-            copies[key] = copy.copy(value)
-        else:
-            # A plain step corrects its bias in Python's doubles, a differentiable one in the precision of its counters.
-            is_count = key in COUNTERS and value.is_floating_point() and value.device.type == "cpu"
-            copies[key] = value.detach().to(torch.float64 if is_count else value.dtype, copy=True)
+        copies[key] = value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
     return copies
