@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_adalfl inspect LOG_OR_FILE``."""
+"""The command line: ``python -m lightning_adalfl inspect PATH``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lightning_adalfl.inspection import in_words, inspect_shape, plot_inspection, read_source
-from lightning_adalfl.plotting import plot_loss_shapes
+from lightning_adalfl.inspection import plot_heatmap, plot_history, read, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0, 1 if it could not be done, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(prog="python -m lightning_adalfl")
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="draw and describe a learned loss")
-    inspect.add_argument("path", type=Path, help="a .safetensors file, a checkpoint, loss_shape.npz, or a log folder")
-    inspect.add_argument("--output", type=Path, help="the PNG; by default inspection.png beside what was read")
-    inspect.add_argument("--classes", type=int, default=10, help="multiclass: the number of classes (default 10)")
+    inspect = commands.add_parser(
+        "inspect",
+        help="draw and describe a learned loss",
+        epilog="example: python -m lightning_adalfl inspect lightning_logs/version_0",
+    )
+    inspect.add_argument("path", help="a log folder, a checkpoint, or a .safetensors file; also a URL")
+    inspect.add_argument(
+        "--output", type=Path, default=Path("learned_loss.png"), help="the PNG; by default %(default)s"
+    )
+    inspect.add_argument(
+        "--classes", type=int, help="multiclass: the number of classes, where the loss does not know it"
+    )
+    inspect.add_argument("--alone", action="store_true", help="a saved loss: it trains alone, with own_loss=False")
     inspect.add_argument("--targets", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="regression: targets")
     inspect.add_argument("--error-range", type=float, default=1.0, help="regression: the largest error")
     options = parser.parse_args(arguments)
@@ -31,19 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> str:
-    source = read_source(options.path, targets=options.targets, error_range=options.error_range)
-    newest = source.shapes[-1]
-    report = inspect_shape(newest, classes=options.classes, reduction=source.reduction)
-    output = options.output or source.path.with_name("inspection.png")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    plot_inspection(report).savefig(output, format="png")
-    drawn = [f"Figure: {output}"]
-    if len(source.shapes) > 1:
-        evolution = output.with_name(f"{output.stem}_evolution{output.suffix}")
-        plot_loss_shapes(source.shapes).savefig(evolution, format="png")
-        drawn.append(f"Figure of all {len(source.shapes)} snapshots: {evolution}")
-    head = f"{source.path}: {source.what}, task {newest.task}, at base step {newest.step:,}."
-    return "\n\n".join([head, in_words(report, source.gain), "\n".join(drawn)])
+    history = read(options.path, is_added=not options.alone)
+    look: dict[str, Any] = {"targets": options.targets, "error_range": options.error_range}
+    if options.classes is not None:
+        look["classes"] = options.classes
+    shapes = history.shapes(**look)
+    newest, loss = shapes[-1], history.loss_at(history.steps[-1])
+    text = str(report(newest, loss.reduction))
+    figures = {options.output: plot_history(shapes)}
+    if newest.heat is not None:
+        figures[options.output.with_stem(f"{options.output.stem}_heatmap")] = plot_heatmap(newest)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    for path, figure in figures.items():
+        figure.savefig(path, format="png")
+    numbers = sum(p.numel() for p in loss.phi().values())
+    head = (
+        f"{options.path}: a {type(loss).__name__} of {numbers:,} numbers for task {loss.task!r}, "
+        f"{'added to your own loss' if history.is_added else 'alone'}, at base step {newest.step:,}."
+    )
+    return "\n\n".join([head, text, f"Figures: {', '.join(map(str, figures))}."])
 
 
 if __name__ == "__main__":

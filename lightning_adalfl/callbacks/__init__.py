@@ -1,7 +1,7 @@
-"""The callbacks: the offline phase, and what people look at."""
+"""The callbacks: the offline phase, what people look at, and the losses of another run."""
 
-from lightning_adalfl.callbacks.initialisation import AdaLFLInit
-from lightning_adalfl.callbacks.loss_shape import LossShapeLogger
-from lightning_adalfl.callbacks.trajectory import TrajectoryRecorder, TrajectoryReplay
+from lightning_adalfl.callbacks.adalfl_init import AdaLFLInit
+from lightning_adalfl.callbacks.loss_shape_logger import LossShapeLogger
+from lightning_adalfl.callbacks.replay import LossReplay
 
-__all__ = ["AdaLFLInit", "LossShapeLogger", "TrajectoryRecorder", "TrajectoryReplay"]
+__all__ = ["AdaLFLInit", "LossReplay", "LossShapeLogger"]

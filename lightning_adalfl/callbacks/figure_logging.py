@@ -1,57 +1,57 @@
-"""Sends a matplotlib figure to a logger, in the way of that logger."""
+"""A figure to any logger, in that logger's way, and where its run keeps files."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from typing import Any
 
-from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.figure import Figure
 
-from lightning_adalfl.atomic_file import atomic_write
+from lightning_adalfl.adapter.lightning_private import is_a
+from lightning_adalfl.files import atomic_write, joined
 
 
-def log_figure(logger: Logger, tag: str, figure: Figure, step: int, *, default_dir: Path | None = None) -> None:
-    """Sends a figure to one logger; call it on rank zero only.
+def log_figure(logger: Any, tag: str, figure: Figure, step: int, default_dir: str | None = None) -> None:
+    """Send a figure to one logger; to be called in one process only.
 
-    TensorBoard and W&B show it under `tag` with a slider over steps, Comet among its graphics, MLflow as the artifact
-    `tag/step_00000100.png`. Any other logger (CSV, a user's own) gets a PNG of that name in its folder.
+    TensorBoard and W&B show it under ``tag`` with a slider over steps, Comet among its graphics, MLflow as the artifact
+    ``tag/step_00000100.png``. Any other logger gets a PNG of that name in the folder of its run.
 
     Args:
-        logger: The logger; Lightning's stand-in for a disabled one is passed over.
-        tag: Such as "adalfl/loss_shape".
+        logger: The logger, of either package; Lightning's stand-in for a disabled one is passed over.
+        tag: Such as ``"adalfl/loss_shape"``.
         figure: The figure; it stays usable.
         step: Base steps taken.
         default_dir: Where the PNG goes if the logger has no folder; without it such a logger is passed over.
     """
     file = f"{tag}/step_{step:08d}.png"
-    if isinstance(logger, DummyLogger):
+    if is_a(logger, "DummyLogger"):
         return
-    if isinstance(logger, TensorBoardLogger):
+    if is_a(logger, "TensorBoardLogger"):
         logger.experiment.add_figure(tag, figure, step, close=False)
-    elif isinstance(logger, WandbLogger):
+    elif is_a(logger, "WandbLogger"):
         logger.log_image(tag, [figure], step)
-    elif isinstance(logger, MLFlowLogger):
+    elif is_a(logger, "MLFlowLogger"):
         logger.experiment.log_figure(logger.run_id, figure, file)
-    elif isinstance(logger, CometLogger):
+    elif is_a(logger, "CometLogger"):
         logger.experiment.log_figure(figure_name=tag, figure=figure, step=step)
     else:
         folder = logger_dir(logger) or default_dir
         if folder is not None:
-            with atomic_write(folder / file) as png:
+            with atomic_write(joined(folder, file)) as png:
                 figure.savefig(png, format="png")
 
 
-def logger_dir(logger: Logger) -> Path | None:
-    """The folder of a logger's current run, or None if it keeps none on this machine.
+def logger_dir(logger: Any) -> str | None:
+    """Return the folder of a logger's current run, a local one or a URL; ``None`` if it keeps no files.
 
-    That is its `log_dir`; for a logger with only a `save_dir`, which all of its runs share, the folder
-    `save_dir/name/version` where `ModelCheckpoint` writes too.
+    That is its ``log_dir``; for a logger with only a ``save_dir``, which all of its runs share, the folder
+    ``save_dir/name/version`` where ``ModelCheckpoint`` writes too.
     """
     log_dir = getattr(logger, "log_dir", None)
-    if isinstance(log_dir, (str, Path)):
-        return Path(log_dir)
-    if not isinstance(logger.save_dir, (str, Path)):
+    if isinstance(log_dir, (str, os.PathLike)):
+        return os.fspath(log_dir)
+    if not isinstance(logger.save_dir, (str, os.PathLike)):
         return None
     version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
-    return Path(logger.save_dir, *(str(part) for part in (logger.name, version) if part is not None))
+    return joined(logger.save_dir, *(str(part) for part in (logger.name, version) if part is not None))

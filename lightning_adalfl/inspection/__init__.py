@@ -1,8 +1,18 @@
-"""What a learned loss says: its strength, its shape and a closed form, in words and in a figure, without a trainer."""
+"""What came of it: the shape of a learned loss, its history, figures and words; no trainer is needed."""
 
-from lightning_adalfl.inspection.figure import plot_inspection
-from lightning_adalfl.inspection.report import LossReport, inspect_shape
-from lightning_adalfl.inspection.sources import Source, read_source
-from lightning_adalfl.inspection.words import in_words
+from lightning_adalfl.inspection.figures import plot_heatmap, plot_history
+from lightning_adalfl.inspection.history import LossHistory, read
+from lightning_adalfl.inspection.loss_shape import LossPath, LossShape, loss_shape
+from lightning_adalfl.inspection.report import LossReport, report
 
-__all__ = ["LossReport", "Source", "in_words", "inspect_shape", "plot_inspection", "read_source"]
+__all__ = [
+    "LossHistory",
+    "LossPath",
+    "LossReport",
+    "LossShape",
+    "loss_shape",
+    "plot_heatmap",
+    "plot_history",
+    "read",
+    "report",
+]

@@ -1,143 +1,155 @@
-"""The numbers that describe a learned loss, from its values and slopes on a grid."""
+"""A learned loss in numbers and words."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_adalfl.inspection.closed_form import ClosedForm, fit_closed_form
-from lightning_adalfl.inspection.paths import LossPath, loss_paths
-from lightning_adalfl.loss_shape import LossShape
+from lightning_adalfl.inspection.loss_shape import FLAT, LossShape, Values
 
 Interval = tuple[float, float]
 
-_FLAT = 0.1  # of the overall strength
-_NOISE = 0.02  # of the overall strength: a smaller pull away from the target is none
-_RUN = 3  # grid points that make a region
-_FLAT_RUN = 6  # more than what a change of sign takes
-
-
-@dataclass(frozen=True)
-class PathReport:
-    """A learned loss along one path of predictions.
-
-    Attributes:
-        path: The path, with the loss and the relative rate along it.
-        flat: Where it pulls less than a tenth as hard as the handcrafted loss of the same size (section 5.6).
-        away: Where it pulls away from the target.
-        turn: Classification: the confident prediction beyond which the loss turns up (section 5.7). Regression: the
-            error at which it is lowest, if that is not 0.
-        smoothing: Classification: the ε of label smoothing with the same turning point.
-    """
-
-    path: LossPath
-    flat: tuple[Interval, ...]
-    away: tuple[Interval, ...]
-    turn: float | None
-    smoothing: float | None
+_NOISE = 0.02  # of the size of the whole slope: a smaller pull away from the target is none
+_RUN = 3  # points that make a region
+_STATIONS = {"classification": (0.05, 0.25, 0.5, 0.75, 0.95), "regression": (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)}
 
 
 @dataclass(frozen=True)
 class LossReport:
-    """What a learned loss says.
+    """What a learned loss says; its ``str`` is the text.
 
     Attributes:
-        shape: The snapshot that was looked at.
-        classes: The number of classes, for multiclass.
-        reduction: Over the outputs, ``"mean"`` or ``"sum"``.
-        strength: ⟨m, τ⟩ / ⟨τ, τ⟩ over predictions spread evenly along the paths, where m and τ are the gradients of the
-            learned and the handcrafted loss by the model's raw output: the implied learning rate relative to the
-            handcrafted loss (section 5.5).
-        alignment: The cosine of the angle between m and τ there; 1 if the loss is the handcrafted one but for strength.
-        paths: The loss along each path.
-        closed_forms: A closed form of ℓ_φ for each target.
+        shape: What was looked at.
+        scale: The factor from its slope to what is descended.
+        strength: ⟨m, τ⟩ / ⟨τ, τ⟩ over predictions spread evenly along the paths, where m and τ are the gradients of
+            what is descended and of the handcrafted loss by the raw output: the implied learning rate, relative to the
+            optimizer's (section 5.5).
+        alignment: The cosine between m and τ; 1 for the handcrafted loss but for its strength.
+        flat: Along each path, where it pulls less than a tenth as hard as all in all (section 5.6).
+        away: Along each path, where it pulls away from the target.
+        lowest: Along each path, the x at which it is lowest; just short of a certain prediction with label smoothing
+            (section 5.7).
     """
 
     shape: LossShape
-    classes: int
-    reduction: str
+    scale: float
     strength: float
     alignment: float
-    paths: tuple[PathReport, ...]
-    closed_forms: tuple[ClosedForm, ...]
+    flat: tuple[tuple[Interval, ...], ...]
+    away: tuple[tuple[Interval, ...], ...]
+    lowest: tuple[float, ...]
 
-    @property
-    def flatness(self) -> float:
-        """The part of the paths that is flat, in [0, 1] (section 5.6)."""
-        points = sum(len(report.path.x) for report in self.paths)
-        flat = sum(int(_inside(report.path.x, interval).sum()) for report in self.paths for interval in report.flat)
-        return flat / points
+    def __str__(self) -> str:
+        """Return strength, shape, flat and turning regions, and how far classes differ, in plain words."""
+        parts = [self._strength(), self._rates(), self._flat(), self._turning(), self._classes()]
+        return "\n\n".join(part for part in parts if part)
+
+    def _strength(self) -> str:
+        own, is_added = self.shape.own, self.shape.is_added
+        if is_added:
+            text = f"A step goes {self.strength:.3g} times as far in the direction of {own} as without what is learned."
+            same = "hardly anything is learned as yet"
+        else:
+            times = f"{self.strength:.3g} times"
+            text = f"It pulls {times} as hard as {own}: the implied learning rate is {times} the optimizer's."
+            same = "it is that loss but for strength"
+        rest = same if self.alignment > 0.995 else "the rest is shape, which no learning rate gives"
+        lines = [f"Strength (section 5.5). {text}", f"The cosine between the two is {self.alignment:.3f}: {rest}."]
+        if self.strength <= 0:
+            lines.append(
+                "Not above zero: of predictions spread evenly it drives more away from the targets than towards them."
+            )
+        elif self.strength < 0.05 and not is_added:
+            lines.append("That is next to nothing: the loss has flattened, which stops training early (section 5.6).")
+        return "\n".join(lines)
+
+    def _rates(self) -> str:
+        paths, is_regression = self.shape.paths, self.shape.task == "regression"
+        stations = np.array(_STATIONS["regression" if is_regression else "classification"])
+        stations = stations * paths[0].x[-1] if is_regression else stations
+        width = max(len(path.name) for path in paths)
+        lines = [f"Shape. How many times as hard it pulls as {self.shape.own}, by {paths[0].variable}:"]
+        lines.append(" " * (width + 2) + "".join(f"{station:>9.3g}" for station in stations))
+        for path in paths:
+            rates = np.interp(stations, path.x, path.rate * self.scale)
+            lines.append(f"  {path.name:{width}}" + "".join(f"{rate:9.3g}" for rate in rates))
+        return "\n".join(lines)
+
+    def _flat(self) -> str:
+        found = [f"{path.name}: {_listed(flat)}" for path, flat in zip(self.shape.paths, self.flat) if flat]
+        if not found:
+            return "Flat regions (section 5.6). None."
+        part = f"{self.shape.flatness:.0%} of the predictions hardly move, less than a tenth as hard as all in all."
+        return "\n  ".join([f"Flat regions (section 5.6). {part}", *found])
+
+    def _turning(self) -> str:
+        lines = []
+        for path, away, lowest in zip(self.shape.paths, self.away, self.lowest):
+            said = [f"it pulls away from the target at {_listed(away)}"] if away else []
+            said += (
+                [f"it is lowest at {lowest:.3g}"] if abs(lowest - path.correct) > 1.5 * (path.x[2] - path.x[1]) else []
+            )
+            lines += [f"{path.name}: {', '.join(said)}"] if said else []
+        if not lines:
+            return "Turning regions (section 5.7). None: it pulls towards the target everywhere."
+        return "\n  ".join([f"Turning regions (section 5.7), by {self.shape.paths[0].variable}.", *lines])
+
+    def _classes(self) -> str:
+        if not self.shape.pairs:
+            return ""
+        path = self.shape.paths[0]
+        pull = self.scale * path.each_slope.mean(axis=1) / path.own_slope.mean()
+        least, most = (
+            f"{pull[i]:.3g} times (label {self.shape.pairs[i][0]}, other class {self.shape.pairs[i][1]})"
+            for i in (pull.argmin(), pull.argmax())
+        )
+        own = self.shape.own
+        return f"Classes. Between two of them it pulls to the label as hard as {own} does from {least} to {most}."
 
 
-def inspect_shape(shape: LossShape, *, classes: int = 10, reduction: str = "mean") -> LossReport:
-    """Describe a learned loss by numbers.
+def report(shape: LossShape, reduction: str = "mean") -> LossReport:
+    """Describe a learned loss.
 
     Args:
-        shape: A snapshot.
-        classes: For multiclass, the number of classes C: the strength depends on it.
-        reduction: The loss's: ``"mean"`` divides by C, ``"sum"`` does not.
+        shape: What it looks like.
+        reduction: Of the loss: over the outputs of an instance, ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError: If the loss is not finite, or ``classes`` is less than two.
+        ValueError: If the loss is not finite, or its strength depends on a number of classes that is not known.
     """
-    if classes < 2:
-        raise ValueError(f"`classes` must be 2 or more; got {classes}.")
-    paths = loss_paths(shape, classes, reduction)
-    if not all(np.isfinite(path.rate).all() and np.isfinite(path.loss).all() for path in paths):
-        raise ValueError("the loss is not finite on its grid, so the run diverged; take an earlier snapshot or φ.")
-    pull = np.concatenate([path.rate * path.handcrafted_pull for path in paths])
-    handcrafted = np.concatenate([path.handcrafted_pull for path in paths])
-    product, size, own = pull @ handcrafted, handcrafted @ handcrafted, pull @ pull
-    strength = float(product / size)
-    alignment = float(product / np.sqrt(size * own)) if own > 0 else 0.0
-    scale = float(np.sqrt(own / size))
+    # What is added is summed over the outputs of an instance, as cross-entropy is.
+    is_mean = shape.task == "multiclass" and not shape.is_added and reduction == "mean"
+    if is_mean and shape.classes is None:
+        raise ValueError(
+            "`classes` is needed: a loss that trains alone is a mean over the outputs, so that its strength depends on "
+            "their number, which it does not know. Give `classes` (`--classes` on the command line)."
+        )
+    if not all(np.isfinite(path.each_loss).all() and np.isfinite(path.each_slope).all() for path in shape.paths):
+        raise ValueError("the loss is not finite along its paths, so the run diverged; take an earlier snapshot.")
+    scale = shape.shortening / (shape.classes or 1) if is_mean else shape.shortening
+    m, own = (np.concatenate(parts) for parts in zip(*((path.slope * scale, path.own_slope) for path in shape.paths)))
+    length = float(np.sqrt(m @ m / (own @ own)))
+    strength = float(m @ own / (own @ own))
+    rates = [path.rate * scale for path in shape.paths]
     return LossReport(
         shape,
-        classes,
-        reduction,
+        scale,
         strength,
-        alignment,
-        tuple(_report(path, scale, shape.task, classes) for path in paths),
-        fit_closed_form(shape),
+        strength / length if length else 0.0,
+        tuple(_regions(p.x, np.abs(r) <= FLAT * length, 2 * _RUN) for p, r in zip(shape.paths, rates)),
+        tuple(_regions(p.x, r < -_NOISE * length, _RUN) for p, r in zip(shape.paths, rates)),
+        tuple(float(path.x[path.loss.argmin()]) for path in shape.paths),
     )
 
 
-def _report(path: LossPath, scale: float, task: str, classes: int) -> PathReport:
-    away = _regions(path.x, path.rate < -_NOISE * scale) if scale else ()
-    everywhere = ((float(path.x[0]), float(path.x[-1])),)
-    flat = _regions(path.x, np.abs(path.rate) < _FLAT * scale, _FLAT_RUN) if scale else everywhere
-    turn = _minimum(path) if task == "regression" else _turn(path, away)
-    smoothing = None
-    if turn is not None and task != "regression":
-        doubt = abs(path.correct - turn)
-        # Smoothed targets are 1 - ε + ε/C for the true class; an output of its own has two classes.
-        smoothing = doubt * classes / (classes - 1) if task == "multiclass" else 2 * doubt
-    return PathReport(path, flat, away, turn, smoothing)
-
-
-def _turn(path: LossPath, away: tuple[Interval, ...]) -> float | None:
-    """The last prediction before the confident end at which the pull changes sign, if it is away from there on."""
-    x, rate = (path.x, path.rate) if path.correct > 0.5 else (path.x[::-1], path.rate[::-1])
-    towards = np.flatnonzero(rate > 0)
-    if not any(x[-1] in interval for interval in away) or not len(towards) or towards[-1] == len(x) - 1:
-        return None
-    last = towards[-1]
-    return float(x[last] + (x[last + 1] - x[last]) * rate[last] / (rate[last] - rate[last + 1]))
-
-
-def _minimum(path: LossPath) -> float | None:
-    """The error at which the loss is lowest, if it is more than a grid step from 0."""
-    best = float(path.x[path.loss.argmin()])
-    return best if abs(best) > 1.5 * float(path.x[-1] - path.x[-2]) else None
-
-
-def _regions(x: NDArray[np.float64], where: NDArray[np.bool_], least: int = _RUN) -> tuple[Interval, ...]:
+def _regions(x: Values, where: NDArray[np.bool_], least: int) -> tuple[Interval, ...]:
     edges = np.flatnonzero(np.diff(np.concatenate([[False], where, [False]]).astype(int)))
     runs = zip(edges[::2], edges[1::2])
     return tuple((float(x[start]), float(x[stop - 1])) for start, stop in runs if stop - start >= least)
 
 
-def _inside(x: NDArray[np.float64], interval: Interval) -> NDArray[np.bool_]:
-    return (interval[0] <= x) & (x <= interval[1])
+def _listed(intervals: Sequence[Interval]) -> str:
+    return ", ".join(f"{low:.2f} to {high:.2f}" for low, high in intervals)
