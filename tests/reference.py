@@ -29,6 +29,7 @@ from lightning_adalfl.losses.training_objective import BentLoss, LearnedAlone, O
 METHODS = ("forward", "finite_difference", "reverse")
 OBJECTIVES = ("bent", "cut", "alone", "own")
 INPUTS, CLASSES = 6, 4
+COUNTERS = ("step", "mu_product")
 Batch = tuple[Tensor, Tensor]
 
 
@@ -403,7 +404,7 @@ def differentiable_step(
             group.update(params=[new for _, new in pairs], differentiable=True, foreach=False)
             for old, new in pairs:
                 state = twin.state.pop(old, {})
-                twin.state[new] = {k: s.double() if isinstance(s, Tensor) else s for k, s in state.items()}
+                twin.state[new] = {k: s.double() if k in COUNTERS else s for k, s in state.items()}
         for new, g in zip(moved, gradients):
             new.retain_grad()
             new.grad = g

@@ -15,6 +15,7 @@ from lightning_adalfl.learning.forward_mode import ForwardMode
 from lightning_adalfl.learning.jvp import DoubleBackward, FiniteDifference, JacobianProduct
 from lightning_adalfl.learning.optimizer_vjp import Clipping, OptimizerVJP, optimizer_vjp
 from lightning_adalfl.learning.recorded_forward import Model, Predict, RecordedForward
+from lightning_adalfl.learning.shadow_optimizer import steps_as_torch
 from lightning_adalfl.losses.training_objective import BatchLoss, Descent, Predicted, TrainingObjective
 
 WAYS: dict[str, Callable[[], JacobianProduct]] = {
@@ -67,6 +68,8 @@ class BaseStep:
     Attributes:
         forwards: Since the last step.
         loss_scale: What a gradient scaler has put on the losses and taken out of the gradient again.
+        overwrites_gradient: Whether the optimizer's step is not torch's own, so that it may change the gradient in
+            place; :meth:`after_step` then needs the gradient as it was.
 
     Raises:
         ValueError: For an unknown way, or an optimizer that it cannot see through.
@@ -82,6 +85,7 @@ class BaseStep:
         self.jvp = jvp if isinstance(jvp, JacobianProduct) else WAYS[one_of("jvp", jvp, WAYS)]()
         self.optimizer = optimizer
         self._make_vjp = optimizer_vjp(optimizer, self.jvp.is_exact)
+        self.overwrites_gradient = not steps_as_torch(optimizer)
         self.groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         self.parameters = [p for group in self.groups for p in group]
         if not self.parameters:
@@ -169,10 +173,18 @@ class BaseStep:
         self.forwards = [f for f in self.forwards if f.descent is not None and f.descent.scale is not None]
 
     def step(self, clipping: Clipping | None = None) -> None:
-        """Take the base step, recorded."""
+        """Take the base step, recorded.
+
+        Args:
+            clipping: What the gradient has been through.
+        """
         self.before_step(clipping)
+        gradients = None
+        if clipping is not None or self.overwrites_gradient:
+            # The optimizer may write over them, or the next step of an inner loop.
+            gradients = [p.grad.clone() for p in self.parameters if p.grad is not None]
         self.optimizer.step()
-        self.after_step()
+        self.after_step(gradients=gradients)
 
     @property
     def is_recorded(self) -> bool:

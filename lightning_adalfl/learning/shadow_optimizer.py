@@ -51,7 +51,7 @@ def has_differentiable_step(optimizer: Optimizer) -> bool:
     # The defaults would not do: loading a state adds the option to those of any optimizer.
     if not all("differentiable" in group for group in optimizer.param_groups):
         return False
-    if type(optimizer).step.__module__.startswith("torch.optim"):
+    if steps_as_torch(optimizer):
         return True
     # A subclass has inherited the option; whether its own step heeds it shows when it is taken.
     weight = torch.zeros(1)
@@ -59,6 +59,11 @@ def has_differentiable_step(optimizer: Optimizer) -> bool:
     with torch.enable_grad():
         (moved,) = probe.step([0], [weight], [torch.ones(1, requires_grad=True)])
     return moved.requires_grad
+
+
+def steps_as_torch(optimizer: Optimizer) -> bool:
+    """Return whether the step is one of torch's own, and not that of a user's class."""
+    return type(optimizer).step.__module__.startswith("torch.optim")
 
 
 class ShadowOptimizer:
