@@ -47,6 +47,13 @@ class ModuleState:
         ]
         self._names = [*changed, *((m, name) for m, name in new if (id(m), name) not in known)]
 
+    def narrowed(self, state: list[tuple[nn.Module, str, Any, Any]]) -> list[tuple[nn.Module, str, Any, Any]]:
+        """Return what is kept of a ``state`` that may have been captured before that was known."""
+        if self._names is None:
+            return state
+        known = {(id(m), name): (value, content) for m, name, value, content in state}
+        return [(m, name, *known.get((id(m), name), (_ABSENT, None))) for m, name in self._names]
+
     @staticmethod
     def restore(state: list[tuple[nn.Module, str, Any, Any]]) -> None:
         """Put back what :meth:`capture` returned."""

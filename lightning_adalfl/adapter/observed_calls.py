@@ -264,3 +264,15 @@ def _outside_the_compiler(module: nn.Module) -> Iterator[nn.Module]:
         yield found
         if found is module or not is_compiled(found):
             waiting += found.children()
+
+
+def same_tensors(known: list[Tensor], given: list[Tensor]) -> bool:
+    """Return whether these are the very same tensors."""
+    return len(known) == len(given) and all(a is b for a, b in zip(known, given))
+
+
+def equal_tensors(known: list[Tensor], given: list[Tensor]) -> bool:
+    """Return whether these tensors have the same values; it reads them."""
+    return len(known) == len(given) and all(
+        a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)) for a, b in zip(known, given)
+    )

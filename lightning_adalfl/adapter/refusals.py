@@ -47,20 +47,21 @@ def base_optimizer(trainer: Any, learner: MetaLearner) -> Optimizer:
         ValueError: If there are several and none is chosen, or there is none.
     """
     optimizers, chosen = list(trainer.optimizers), learner.config.optimizer
-    if chosen is not None:
-        if chosen >= len(optimizers):
-            raise ValueError(
-                f"`optimizer` is {chosen} and `configure_optimizers` returned {len(optimizers)}; give an index below."
-            )
-        return optimizers[chosen]
-    if len(optimizers) != 1:
+    # Lightning puts one that does nothing in the place of none.
+    if not optimizers or is_a(optimizers[0], "_MockOptimizer"):
+        raise ValueError(
+            "`configure_optimizers` returned no optimizer, and AdaLFL learns from the steps of one; return it."
+        )
+    if len(optimizers) > 1 and chosen is None:
         raise ValueError(
             f"AdaLFL learns from the steps of one optimizer, and `configure_optimizers` returned {len(optimizers)}. "
             "Say which with `AdaLFLConfig(optimizer=0)`."
-            if optimizers
-            else "`configure_optimizers` returned no optimizer, and AdaLFL learns from the steps of one; return it."
         )
-    return optimizers[0]
+    if chosen is not None and chosen >= len(optimizers):
+        raise ValueError(
+            f"`optimizer` is {chosen} and `configure_optimizers` returned {len(optimizers)}; give an index below."
+        )
+    return optimizers[chosen or 0]
 
 
 def watched_metrics(callbacks: Iterable[Any]) -> list[str]:

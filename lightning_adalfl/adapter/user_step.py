@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_adalfl.adapter.module_state import ModuleState
-from lightning_adalfl.adapter.observed_calls import Call, ObservedCalls
+from lightning_adalfl.adapter.observed_calls import Call, ObservedCalls, equal_tensors, same_tensors
 from lightning_adalfl.learning.jvp import JacobianProduct
 from lightning_adalfl.learning.recorded_forward import Predict, RandomState, RecordedForward, TorchState, Using
 from lightning_adalfl.learning.torch_private import leaves_of_graph, map_tensors, tensors_in, version
@@ -154,7 +154,7 @@ class StepObserver:
             call.is_answered = False
         with self._put_back(), torch.enable_grad(), self._calls.answering(self._chosen):
             predictions, target, *weight = self._predict(map_tensors(lambda t: t, self._batch))
-        wanted = self._cut(predictions)
+        wanted = self._cut(predictions, is_certain)
         if not wanted and not is_certain:
             return None
         if self._is_first:
@@ -184,14 +184,14 @@ class StepObserver:
         finally:
             self._state.restore(state)
 
-    def _cut(self, predictions: Tensor) -> list[tuple[int, int]]:
+    def _cut(self, predictions: Tensor, is_certain: bool) -> list[tuple[int, int]]:
         """Return the outputs that the predictions depend on, each by its answer and its place there."""
         answers = self._calls.answers
         shape = tuple(id(c.module) for c in answers)
         if shape not in self._wanted:
             leaves = {(i, place): leaf for i, c in enumerate(answers) for place, leaf in c.leaves.items()}
             gradients: Sequence[Any] = ()
-            if predictions.requires_grad and leaves:
+            if predictions.requires_grad and leaves and (is_certain or not _has_parameters(predictions)):
                 ends, zero = list(leaves.values()), torch.zeros_like(predictions)
                 gradients = torch.autograd.grad(predictions, ends, zero, retain_graph=True, allow_unused=True)
             self._wanted[shape] = [key for key, gradient in zip(leaves, gradients) if gradient is not None]
@@ -224,9 +224,9 @@ class StepObserver:
     def _chosen(self, left: Sequence[Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Return the observed call that has the inputs that are given, or else the first; refuse changed inputs."""
         given = tensors_in((args, kwargs))
-        known = next((c for c in left if _identical(c.inputs, given)), None)
+        known = next((c for c in left if same_tensors(c.inputs, given)), None)
         if known is None and len(left) > 1:
-            known = next((c for c in left if _equal(c.inputs, given)), None)
+            known = next((c for c in left if equal_tensors(c.inputs, given)), None)
         known = left[0] if known is None else known
         if known.inputs_have_changed:
             raise ValueError(
@@ -248,7 +248,7 @@ class StepObserver:
             self._same.setdefault((id(known.module), answer, i), is_same)
             if is_same or (old is not new and was_same is False and old.shape == new.shape):
                 continue  # what was equal by value once is not read again, which would wait for an accelerator
-            is_changed = is_changed or old is new or not _equal([old], [new])
+            is_changed = is_changed or old is new or not equal_tensors([old], [new])
         if is_changed:
             raise ValueError(
                 f"{self._name}.training_step changes what it predicts from, as by normalisation, noise or mixup, "
@@ -262,7 +262,7 @@ class StepObserver:
                 f"the predictions of `adalfl_predict` must be floating point; got {predictions.dtype}. Return raw "
                 "logits or values, not classes."
             )
-        if any(isinstance(leaf, nn.Parameter) for leaf in leaves_of_graph(predictions)):
+        if _has_parameters(predictions):
             raise ValueError(
                 f"the predictions of `adalfl_predict` depend on a parameter that {self._name}.training_step uses "
                 "outside of any module, or in other modules than `adalfl_predict`. Move it into a submodule or the "
@@ -279,7 +279,7 @@ class StepObserver:
 
         def replay(using: Using) -> Sequence[Tensor]:
             now = state.capture()
-            state.restore(start["state"])
+            state.restore(state.narrowed(start["state"]))
             try:
                 copied = map_tensors(lambda t: t, batch)
                 return calls.evaluate(lambda: self._predict(copied), answers, wanted, using)
@@ -290,11 +290,5 @@ class StepObserver:
         return RecordedForward(replay, start["random"], start["buffers"], outputs, predicted.target, predicted.weight)
 
 
-def _identical(known: list[Tensor], given: list[Tensor]) -> bool:
-    return len(known) == len(given) and all(a is b for a, b in zip(known, given))
-
-
-def _equal(known: list[Tensor], given: list[Tensor]) -> bool:
-    return len(known) == len(given) and all(
-        a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)) for a, b in zip(known, given)
-    )
+def _has_parameters(predictions: Tensor) -> bool:
+    return any(isinstance(leaf, nn.Parameter) for leaf in leaves_of_graph(predictions))
