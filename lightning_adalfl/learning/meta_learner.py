@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -78,7 +79,8 @@ class MetaLearner:
             # φ has random numbers of its own, so that everything else is drawn as without it.
             with torch.random.fork_rng(devices=[]):
                 self.loss, self.is_initialised = self._given_or_fresh()
-            begins_at_zero = config.own_loss and not self.is_initialised
+            is_instance = isinstance(config.loss, LearnedLoss)  # which is used as it is
+            begins_at_zero = config.own_loss and not self.is_initialised and not is_instance
             if begins_at_zero:
                 self.loss.start_at_zero()
         self.objective = self._objective(begins_at_zero)
@@ -402,6 +404,8 @@ class MetaLearner:
             # φ is in the state, which must load where the file that it began with is not.
             values["loss"] = LearnedLoss.rebuild(state["loss"], state["phi"])  # type: ignore[type-abstract]
         learner = cls(AdaLFLConfig.from_dict(values))
+        if isinstance(state["config"].get("loss"), str):
+            learner.config = replace(learner.config, loss=state["config"]["loss"])
         learner.load_state_dict(state)
         return learner
 
