@@ -289,7 +289,7 @@ def test_a_scheduler_that_waits_for_a_metric_is_refused_there(tmp_path: Any) -> 
 
     module = make(Plateau, adalfl=WATCHING)
     before = tensors(module)
-    with pytest.raises(ValueError, match="ReduceLROnPlateau waits for a metric.*`on_validation_epoch_end`"):
+    with pytest.raises(ValueError, match=r"ReduceLROnPlateau waits for a metric.*`on_validation_epoch_end`"):
         trainer(tmp_path).fit(module, *loaders())
     for name, p in module.named_parameters():
         assert torch.equal(p, before[name])

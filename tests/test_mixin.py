@@ -1,26 +1,46 @@
-"""What the mixin asks of a module, and what it says where it does not get it."""
+"""What the mixin asks of a module, and what it leaves as it is: the learner is no part of the module."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import copy
+import io
+import pickle
+import random
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from projects import INERT, Ada, Plain, assert_same, base_tensors, config, loaders, make, trainer
+from lightning.pytorch.utilities.model_summary import ModelSummary
+from projects import (
+    WATCHING,
+    Ada,
+    Plain,
+    Smooth,
+    adaptive,
+    assert_same,
+    config,
+    loaders,
+    make,
+    phi,
+    points,
+    tensors,
+    trainer,
+)
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_adalfl import AdaLFLConfig, AdaLFLMixin
-from lightning_adalfl.adapter.requirements import base_optimizer
-from lightning_adalfl.hypergradient.shadow_optimizer import OptimizerError
+from lightning_adalfl import AdaLFLMixin
 
 
 def fit(tmp_path: Any, module: Any, **options: Any) -> Any:
     trainer(tmp_path, **options).fit(module, *loaders())
     return module
+
+
+# Modules of every style.
 
 
 class OneArgument(Plain):
@@ -47,8 +67,7 @@ class ReturnsMore(Plain):
         return {"loss": super().training_step(batch, batch_idx), "size": len(batch[0])}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.sizes = [*getattr(self, "sizes", []), outputs["size"]]
-        assert outputs["loss"] > 0
+        self.calls = [*getattr(self, "calls", []), (outputs["size"], float(outputs["loss"]))]
 
 
 class HasHooks(Plain):
@@ -63,7 +82,7 @@ class HasHooks(Plain):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.calls.append("step")
-        self.log("norm", self.model[0].weight.grad.norm())
+        self.log("norm", torch.stack([p.grad.norm() for p in self.parameters()]).norm())
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         optimizer.zero_grad(set_to_none=False)
@@ -72,41 +91,89 @@ class HasHooks(Plain):
         (2 * loss).backward()
 
 
-PARENTS = [OneArgument, AnyArguments, CallsTheModel, ReturnsMore, HasHooks]
+class LooksTwice(Plain):
+    """A second forward, with a gradient, that is none of the predictions."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        self.log("noisy_loss", F.cross_entropy(self.model(x + 1), y))
+        return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("parent", PARENTS)
-def test_modules_of_every_style_train_as_they_do_by_themselves(tmp_path: Any, parent: Any) -> None:
-    kind = type(f"Ada{parent.__name__}", (AdaLFLMixin, parent), {})
-    plain = fit(tmp_path, make(parent))
+class Metrics(Plain):
+    def on_train_epoch_end(self) -> None:
+        self.calls = [*getattr(self, "calls", []), int(self.accuracy.tp.sum() + self.accuracy.fn.sum())]
+
+
+class InitialisedInSetup(Plain):
+    """Weights are drawn in `setup`, over all parameters and all modules."""
+
+    def setup(self, stage: str) -> None:
+        def initialise(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_normal_(module.weight)
+                module.bias.data.fill_(0.01)
+
+        self.apply(initialise)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+
+class FrozenWhole(Plain):
+    """Transfer learning as usual: all is frozen, and then the head alone trained."""
+
+    def setup(self, stage: str) -> None:
+        self.requires_grad_(False)
+        self.model[4].requires_grad_(True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.model[4].parameters(), 0.1)
+
+
+class SkipsBadGradients(Plain):
+    """The usual recipe: a gradient that is not finite is cleared before the step."""
+
+    def on_after_backward(self) -> None:
+        if self.global_step == 2:
+            self.zero_grad()
+
+
+class Stops(Plain):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.trainer.should_stop = self.trainer.global_step >= 4
+
+
+STYLES = [
+    OneArgument,
+    AnyArguments,
+    CallsTheModel,
+    ReturnsMore,
+    HasHooks,
+    LooksTwice,
+    Metrics,
+    InitialisedInSetup,
+    FrozenWhole,
+    SkipsBadGradients,
+    Stops,
+]
+
+
+@pytest.mark.parametrize("kind", STYLES)
+def test_modules_of_every_style_train_as_they_do_by_themselves(tmp_path: Any, kind: Any) -> None:
+    plain = fit(tmp_path, make(kind))
+    watched = fit(tmp_path, make(adaptive(kind), adalfl=WATCHING))
+    assert_same(tensors(watched), tensors(plain))
     metrics = plain.trainer.callback_metrics
-    inert = fit(tmp_path, make(kind, adalfl=INERT))
-    assert_same(base_tensors(inert), plain.state_dict())
-    assert {name: inert.trainer.callback_metrics[name] for name in metrics} == metrics
-    for name in ("sizes", "calls"):
-        assert getattr(inert, name, None) == getattr(plain, name, None)
-    module = fit(tmp_path, make(kind, adalfl=config()))
-    assert module.adalfl.meta_steps == 12
+    assert {name: watched.trainer.callback_metrics[name] for name in metrics} == metrics
+    assert getattr(watched, "calls", None) == getattr(plain, "calls", None)
+    module = fit(tmp_path, make(adaptive(kind), adalfl=config()))
+    steps = {SkipsBadGradients: 11, Stops: 4}.get(kind, 12)  # a step without gradients counts for nothing
+    assert (module.adalfl.base_steps, module.adalfl.meta_steps) == (steps, steps)
 
 
-def test_the_training_step_is_answered_from_memory(tmp_path: Any) -> None:
-    calls = []
-
-    class Counted(Ada):
-        def __init__(self, **arguments: Any) -> None:
-            super().__init__(**arguments)
-            self.model[0].register_forward_hook(self.note)
-
-        def note(self, *_: Any) -> None:
-            if self.training:
-                calls.append(torch.is_grad_enabled())
-
-    fit(tmp_path, make(Counted, adalfl=INERT))
-    assert calls == [True] * 12
-
-
-def test_it_logs_four_scalars_beside_the_users_own(tmp_path: Any) -> None:
-    names = {"learned_loss", "task_loss", "meta_grad_norm", "implied_lr"}
+def test_it_logs_its_scalars_beside_the_users_own(tmp_path: Any) -> None:
+    names = {"learned_loss", "task_loss", "meta_grad_norm", "implied_lr", "evidence"}
     module = fit(tmp_path, make(Ada, adalfl=config()))
     metrics = module.trainer.callback_metrics
     assert {f"adalfl/{name}" for name in names} | {"train_loss", "train_accuracy", "val_loss"} <= metrics.keys()
@@ -118,39 +185,39 @@ def test_it_logs_four_scalars_beside_the_users_own(tmp_path: Any) -> None:
 def test_meta_every_counts_base_steps(tmp_path: Any) -> None:
     module = fit(tmp_path, make(Ada, adalfl=config(meta_every=5)))
     assert (module.adalfl.base_steps, module.adalfl.meta_steps) == (12, 2)
+    never = fit(tmp_path, make(Ada, adalfl=config(meta_every=None)))
+    assert (never.adalfl.base_steps, never.adalfl.meta_steps) == (12, 0)
 
 
-def test_a_module_that_only_predicts_needs_no_training_step(tmp_path: Any) -> None:
-    class Bare(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = nn.Linear(4, 3)
+def test_hooks_may_stand_in_the_module_itself(tmp_path: Any) -> None:
+    """Right of the mixin, for a module that is prepared for it; they work as in the subclass."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.model(x)
+    class Prepared(Plain):
+        def adalfl_predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+            x, y = batch
+            predicted.append(len(x))
+            return self(x), y
 
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), 0.1)
+        def adalfl_meta_dataloader(self) -> Any:
+            return DataLoader(points(32, 3), 8, shuffle=True)
 
-    class AdaBare(AdaLFLMixin, Bare):
-        pass
+    class Subclass(Ada):
+        adalfl_predict = Prepared.adalfl_predict
+        adalfl_meta_dataloader = Prepared.adalfl_meta_dataloader
 
-    module = make(AdaBare, adalfl=config(meta_data="train"))
-    trainer(tmp_path).fit(module, loaders()[0])
-    assert module.adalfl.meta_steps == 12
-
-
-def test_the_configuration_must_be_given() -> None:
-    with pytest.raises(TypeError, match="adalfl"):
-        Ada()
-    with pytest.raises(TypeError, match=r"`adalfl` must be an AdaLFLConfig, such as .*; got 'multiclass'"):
-        Ada(adalfl="multiclass")
-    assert Ada(adalfl={"task": "multiclass", "meta_every": 2}).adalfl.config == AdaLFLConfig("multiclass", meta_every=2)
-    with pytest.raises(ValueError, match=r"`adalfl` has unknown fields \['meta_rate'\]"):
-        Ada(adalfl={"task": "multiclass", "meta_rate": 1})
+    predicted: list[int] = []
+    found = [phi(fit(tmp_path, make(kind, adalfl=config()))) for kind in (adaptive(Prepared), Subclass)]
+    assert {8, 16} == set(predicted)
+    assert_same(*found)
+    assert any(
+        not torch.equal(value, found[0][name]) for name, value in phi(fit(tmp_path, make(Ada, adalfl=config()))).items()
+    )
 
 
-def test_a_training_step_in_its_way_is_refused_where_the_class_is_defined() -> None:
+# Refused where the class is defined, or before the first step.
+
+
+def test_a_method_in_its_way_is_refused_where_the_class_is_defined(tmp_path: Any) -> None:
     with pytest.raises(TypeError, match=r"Wrong.training_step hides that of AdaLFLMixin in Wrong; move it to a base"):
 
         class Wrong(AdaLFLMixin, Plain):
@@ -161,16 +228,27 @@ def test_a_training_step_in_its_way_is_refused_where_the_class_is_defined() -> N
         class Turned(Plain, AdaLFLMixin):
             pass
 
+    with pytest.raises(TypeError, match=r"Forgets.on_save_checkpoint hides"):
 
-class Manual(Plain):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+        class Forgets(AdaLFLMixin, Plain):
+            def on_save_checkpoint(self, checkpoint: Any) -> None: ...
 
+    with pytest.raises(TypeError, match=r"Alone is no LightningModule; put AdaLFLMixin left of yours"):
 
-class TwoOptimizers(Plain):
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(self.model[0].parameters(), 0.1), torch.optim.SGD(self.model[4].parameters(), 0.1)]
+        class Alone(AdaLFLMixin, nn.Module):
+            pass
+
+    # Both remedies.
+    class Base(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx)
+
+    class Calls(AdaLFLMixin, Base):
+        @torch.enable_grad()
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx)
+
+    assert fit(tmp_path, make(Calls, adalfl=config())).adalfl.meta_steps == 12
 
 
 class OfLBFGS(Plain):
@@ -178,80 +256,242 @@ class OfLBFGS(Plain):
         return torch.optim.LBFGS(self.parameters())
 
 
-class OwnGroup(Plain):
+class Sharpness(torch.optim.Optimizer):
+    """Sharpness-aware minimisation: calls the closure twice."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        self.base = torch.optim.SGD(list(parameters), lr)
+        super().__init__(self.base.param_groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any) -> Any:
+        loss = torch.enable_grad()(closure)()
+        grads = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+        weights = [p for group in self.param_groups for p in group["params"]]
+        torch._foreach_add_(weights, grads, alpha=0.05)
+        torch.enable_grad()(closure)()
+        torch._foreach_sub_(weights, grads, alpha=0.05)
+        self.base.step()
+        return loss
+
+
+class OfSharpness(Plain):
     def configure_optimizers(self) -> Any:
-        learned = {"params": list(self.learned.parameters()), "lr": 1.0}
-        return torch.optim.SGD([{"params": list(self.model.parameters())}, learned], 0.1)
+        return Sharpness(self.parameters(), 0.1)
 
 
 class Fetches(Plain):
     def training_step(self, dataloader_iter: Any) -> None: ...
 
 
+class NoOptimizer(Plain):
+    def configure_optimizers(self) -> None:
+        return None
+
+
+class ForeignParameters(Plain):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([nn.Parameter(torch.zeros(2))], 0.1)
+
+
+class Frozen(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.requires_grad_(False)
+
+
+class Words(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.model = nn.Embedding(10, 4, sparse=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(self.table(x[:, 0].abs().long().clamp(max=9)))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
 @pytest.mark.parametrize(
-    ("parent", "error", "message"),
+    ("kind", "options", "message"),
     [
-        (Manual, MisconfigurationException, "sets `automatic_optimization = False`.*such as GANs.*no single base step"),
-        (OfLBFGS, OptimizerError, "`optimizer` is LBFGS, whose step evaluates the loss several times"),
-        (Fetches, MisconfigurationException, "takes `dataloader_iter` has no batch to learn from; take `batch`"),
+        (OfLBFGS, {}, "`optimizer` is LBFGS, whose step evaluates the loss several times"),
+        (OfSharpness, {}, "`optimizer` is Sharpness, which has no differentiable step"),
+        (OfSharpness, {"hypergradient": "finite_difference"}, "`optimizer` is Sharpness"),
+        (Fetches, {}, "takes `dataloader_iter` has no batch to learn from; take `batch`"),
+        (NoOptimizer, {}, "`configure_optimizers` returned no optimizer"),
+        (ForeignParameters, {}, "`optimizer` holds parameters that `model` does not own"),
+        (Frozen, {}, "no parameter that requires a gradient; unfreeze a part"),
+        (Words, {}, "build the embedding with `sparse=False`"),
     ],
 )
-def test_modules_that_cannot_learn_are_refused(tmp_path: Any, parent: Any, error: Any, message: str) -> None:
-    kind = type(f"Ada{parent.__name__}", (AdaLFLMixin, parent), {})
-    with pytest.raises(error, match=message):
-        fit(tmp_path, make(kind, adalfl=config()))
+def test_modules_that_cannot_learn_are_refused_before_the_first_step(
+    tmp_path: Any, kind: Any, options: Any, message: str
+) -> None:
+    module = make(adaptive(kind), adalfl=config(**options))
+    before = tensors(module)
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, module, num_sanity_val_steps=0)
+    for name, p in module.named_parameters():
+        assert torch.equal(p, before[name])
 
 
-def test_several_optimizers_are_refused(tmp_path: Any) -> None:
-    class AdaTwo(AdaLFLMixin, TwoOptimizers):
-        pass
-
-    module = make(AdaTwo, adalfl=config())
-    with pytest.raises(RuntimeError, match="multiple optimizers is only supported with manual optimization"):
-        fit(tmp_path, module)
-    several = SimpleNamespace(optimizers=module.configure_optimizers())
-    with pytest.raises(MisconfigurationException, match=r"exactly one base optimizer .*; got 2"):
-        base_optimizer(several, module.adalfl)
+# The learner is no part of the module.
 
 
-def test_no_optimizer_is_refused(tmp_path: Any) -> None:
-    class Still(Plain):
-        def configure_optimizers(self) -> None:
-            return None
+class Scriptable(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
 
-    class AdaStill(AdaLFLMixin, Still):
-        pass
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
 
-    with pytest.raises(MisconfigurationException, match="`configure_optimizers` returned no optimizer"):
-        fit(tmp_path, make(AdaStill, adalfl=config()))
-
-
-def test_the_learned_loss_is_left_out_of_an_optimizer_of_everything(tmp_path: Any) -> None:
-    class Outside(Ada):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([*self.model.parameters(), *self.learned], 0.1, momentum=0.9)
-
-    module = make(Outside, adalfl=INERT)
-    module.learned = list(module.adalfl.parameters())
-    fit(tmp_path, module)
-    assert_same(base_tensors(module), base_tensors(fit(tmp_path, make(Plain))))
-    assert module.adalfl.lr_scale == 1.0
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_a_group_of_the_learned_loss_alone_is_refused(tmp_path: Any) -> None:
-    class AdaGroup(AdaLFLMixin, OwnGroup):
-        pass
+VIEWS = {
+    "parameters": lambda m: [p.shape for p in m.parameters()],
+    "named_parameters": lambda m: [name for name, _ in m.named_parameters()],
+    "named_buffers": lambda m: [name for name, _ in m.named_buffers()],
+    "named_modules": lambda m: [name for name, _ in m.named_modules()],
+    "children": lambda m: [type(child).__name__ for child in m.children()],
+    "state_dict": lambda m: [(name, t.shape) for name, t in m.state_dict().items()],
+    "summary": lambda m: str(ModelSummary(m, max_depth=-1)),
+    "modes": lambda m: [part.training for part in m.eval().modules()],
+    "repr": lambda m: repr(m).partition("(")[2],
+}
 
-    module = make(AdaGroup, adalfl=config())
-    object.__setattr__(module, "learned", module.adalfl)
-    with pytest.raises(MisconfigurationException, match=r"has a group of parameters of `self.adalfl` alone"):
-        fit(tmp_path, module)
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("when", ["fresh", "fitted"])
+def test_a_look_at_the_module_shows_the_plain_one(tmp_path: Any, view: str, when: str) -> None:
+    modules = make(Plain), make(Ada, adalfl=config())
+    if when == "fitted":
+        for module in modules:
+            fit(tmp_path, module)
+    plain, ada = map(VIEWS[view], modules)
+    assert ada == plain
 
 
-def test_an_optimizer_of_parameters_that_the_module_does_not_own_is_refused(tmp_path: Any) -> None:
-    class Foreign(Ada):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([nn.Parameter(torch.zeros(2))], 0.1)
+def test_what_is_done_to_all_parts_of_the_module_leaves_the_learned_loss_alone(tmp_path: Any) -> None:
+    module = fit(tmp_path, make(Ada, adalfl=config(learn="both")))
+    before = phi(module)
+    seen: list[nn.Module] = []
+    module.apply(seen.append)
+    module.requires_grad_(False).double().zero_grad()
+    module.bfloat16()
+    assert seen == [module, *module.model, *module.accuracy.modules(), module.model] or len(seen) == len(
+        [*module.modules()]
+    )
+    assert_same(phi(module), before)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in module.adalfl.learned.values())
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    assert_same(phi(module), before)
 
-    with pytest.raises(ValueError, match="`optimizer` holds parameters that `model` does not own"):
-        fit(tmp_path, make(Foreign, adalfl=config()))
+
+def test_its_state_dict_loads_into_the_plain_module_and_back(tmp_path: Any) -> None:
+    module = fit(tmp_path, make(Ada, adalfl=config()))
+    plain = make(Plain, seed=3)
+    plain.load_state_dict(module.state_dict(), strict=True)
+    assert_same(tensors(plain), tensors(module))
+    other = make(Ada, seed=4, adalfl=config())
+    start = phi(other)
+    other.load_state_dict(plain.state_dict(), strict=True)
+    assert_same(tensors(other), tensors(module))
+    assert_same(phi(other), start)
+    # φ by hand.
+    other.adalfl.load_state_dict(module.adalfl.state_dict())
+    assert_same(phi(other), phi(module))
+
+
+@pytest.mark.parametrize(("method", "options"), [("script", {}), ("trace", {"example_inputs": torch.randn(2, 4)})])
+@pytest.mark.filterwarnings("ignore:.*to_torchscript", "ignore:.*torch.jit")  # of Lightning and torch themselves
+def test_it_becomes_torchscript_as_the_plain_module_does(tmp_path: Any, method: str, options: Any) -> None:
+    x = torch.randn(5, 4)
+    module = make(adaptive(Scriptable), adalfl=config())
+    assert torch.equal(module.to_torchscript(method=method, **options)(x), make(Scriptable)(x))
+
+
+def by_file(module: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+class Unlogged(Smooth):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+
+class Copied(AdaLFLMixin, Unlogged):
+    """A class that a pickle finds."""
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), by_file])
+@pytest.mark.parametrize("when", ["fresh", "fitted", "in a fit"])
+def test_a_copy_has_a_learner_of_its_own(tmp_path: Any, copied: Any, when: str) -> None:
+    module = make(Copied, adalfl=config(learn="both"))
+    twins: list[Any] = []
+
+    class Copies(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 3 and when == "in a fit":
+                trained, pl_module._trainer = pl_module._trainer, None  # a Trainer is in no pickle
+                twins.append(copied(pl_module))
+                twins.append(phi(pl_module))
+                pl_module._trainer = trained
+
+    if when != "fresh":
+        fit(tmp_path, module, callbacks=[Copies()])
+    if not twins:
+        module._trainer = None
+        twins = [copied(module), phi(module)]
+    twin, before = twins
+    assert_same(phi(twin), before)
+    learned = {id(p) for p in module.adalfl.learned.values()}
+    held = {id(p) for group in twin.adalfl._optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in twin.adalfl.learned.values()}
+    assert not held & learned
+    before = phi(module)
+    fit(tmp_path, twin, max_epochs=1)
+    assert any(not torch.equal(value, before[name]) for name, value in phi(twin).items())
+    assert_same(phi(module), before)
+
+
+# Random numbers.
+
+
+class RandomNumbers(L.Callback):
+    """Keeps what every generator would draw next, at the end of each batch, and the order of the data."""
+
+    def __init__(self) -> None:
+        self.drawn: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        self.drawn.append((torch.rand(3).tolist(), random.random(), np.random.rand(), batch[0][:, 0].tolist()))
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        np.random.set_state(state[2])
+
+
+@pytest.mark.parametrize("options", [{}, {"learn": "both"}, {"own_loss": False, "meta_lr": 1e-5}], ids=str)
+def test_one_seed_draws_the_same_with_the_mixin_and_without(tmp_path: Any, options: dict[str, Any]) -> None:
+    """Initial weights, the order of the data, masks and augmentations; and BatchNorm counts no meta batch."""
+    drawn = []
+    for kind, given in ((Plain, {}), (Ada, {"adalfl": config(**options)})):
+        L.seed_everything(5, verbose=False)
+        module, numbers = kind(**given), RandomNumbers()
+        start = tensors(module)
+        fit(tmp_path, module, callbacks=[numbers])
+        drawn.append((start, numbers.drawn, module.model[1].num_batches_tracked))
+    assert_same(drawn[0][0], drawn[1][0])
+    assert drawn[0][1] == drawn[1][1]
+    assert drawn[0][2] == drawn[1][2] == 12

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from lightning_adalfl.learning.optimizer_vjp import ClipByNorm, ClipByValue, Cli
 
 class NotedClipping:
     """The hooks of a module in which gradients are clipped."""
-
-    trainer: Any
 
     def configure_gradient_clipping(
         self,

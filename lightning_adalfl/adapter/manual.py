@@ -89,16 +89,15 @@ class ManualRun(OnlineRun):
 class ManualOptimization:
     """The hooks of a module whose ``automatic_optimization`` is ``False``."""
 
-    trainer: Any
-    _adalfl_run: OnlineRun | None
     _adalfl_takes_step = False
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Go backward from a loss; where it depends on the predictions, its slope is bent on the way."""
         backward = super().manual_backward  # type: ignore[misc]
-        if not isinstance(self._adalfl_run, ManualRun):
+        run = self._adalfl_run  # type: ignore[attr-defined]
+        if not isinstance(run, ManualRun):
             return backward(loss, *args, **kwargs)
-        return self._adalfl_run.backward(loss, lambda descended: backward(descended, *args, **kwargs))
+        return run.backward(loss, lambda descended: backward(descended, *args, **kwargs))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip where automatic optimization would: after a gradient scaler has taken its factor out."""
@@ -115,7 +114,7 @@ class ManualOptimization:
             ValueError: If a scheduler waits for a metric, whose name Lightning does not keep in manual optimization.
         """
         module: Any = self
-        trainer, given = self.trainer, module.optimizers()
+        trainer, given = module.trainer, module.optimizers()
         optimizers = given if isinstance(given, list) else [given]
         if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -26,7 +26,13 @@ from lightning_adalfl.adapter.manual import ManualOptimization, ManualRun
 from lightning_adalfl.adapter.meta_batches import meta_loader
 from lightning_adalfl.adapter.offline import draw_parameters
 from lightning_adalfl.adapter.online import OnlineRun
-from lightning_adalfl.adapter.refusals import base_optimizer, check_trainer, checked_predict, watched_metrics
+from lightning_adalfl.adapter.refusals import (
+    base_optimizer,
+    check_module,
+    check_trainer,
+    checked_predict,
+    watched_metrics,
+)
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.learning.meta_learner import MetaLearner
 
@@ -60,11 +66,16 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
             own method would hide one of this class.
     """
 
-    adalfl: MetaLearner | None
-    _adalfl_run: OnlineRun | None = None
-    _adalfl_processes: list[dict[str, Any]] | None = None
-    _adalfl_offline: Any = None
-    _adalfl_comes_back: bool = False
+    if TYPE_CHECKING:  # torch.jit reads the annotations that a class has
+        trainer: Any
+        adalfl: MetaLearner | None
+        _adalfl_run: OnlineRun | None
+        _adalfl_processes: list[dict[str, Any]] | None
+        _adalfl_offline: Any
+    _adalfl_run = None
+    _adalfl_processes = None
+    _adalfl_offline = None
+    _adalfl_comes_back = False
 
     def __init__(self, *args: Any, adalfl: AdaLFLConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         config = config_from(adalfl)
@@ -251,6 +262,8 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
         optimizer = base_optimizer(trainer, learner)
         if run is None or run.trainer is not trainer or run.optimizer is not optimizer:
             self._adalfl_close()
+            if learner.config.meta_every is not None:
+                check_module(self, optimizer)  # type: ignore[arg-type]
             owners = [base for base in type(self).__mro__ if "adalfl_predict" in base.__dict__]
             predict = checked_predict(self)
             kind = OnlineRun if self.automatic_optimization else ManualRun  # type: ignore[attr-defined]

@@ -20,13 +20,8 @@ from lightning_adalfl.learning.recorded_forward import Predict
 from lightning_adalfl.learning.torch_private import norm
 from lightning_adalfl.losses.learned_loss import LearnedLoss
 from lightning_adalfl.losses.tasks import task_named
-from lightning_adalfl.losses.training_objective import (
-    BentLoss,
-    LearnedAlone,
-    OwnLoss,
-    Predicted,
-    TrainingObjective,
-)
+from lightning_adalfl.losses.predicted import Predicted
+from lightning_adalfl.losses.training_objective import BentLoss, LearnedAlone, OwnLoss, TrainingObjective
 
 RATE_HORIZON = 100  # base steps
 
@@ -229,6 +224,8 @@ class MetaLearner:
         self._note(found, last)
         if self.learned:
             self._move(found, max(1, self._unanswered + 1), all_reduce)
+        if self.rate is not None:
+            self.scalars["adalfl/lr_scale"] = self.rate.log_scale.detach().exp()
         self._unanswered = -1  # the step under way is counted when it ends
         self.meta_steps += 1
         self.last_step = found
@@ -284,8 +281,6 @@ class MetaLearner:
             self.scalars["adalfl/learned_loss"] = descent.value()
             lr = step.optimizer.param_groups[0]["lr"]
             self.scalars["adalfl/implied_lr"] = descent.implied_scale() * lr
-        if self.rate is not None:
-            self.scalars["adalfl/lr_scale"] = self.rate.log_scale.detach().exp()
 
     def warn_of_skipped(self) -> None:
         """Warn once if a meta step was left out; it reads a number from the device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,11 @@ def check_optimizer(optimizer: Optimizer, is_exact: bool) -> None:
             "`hypergradient='finite_difference'`, which holds for steps that act on each gradient element by itself, "
             f"or use {DIFFERENTIABLE_OPTIMIZERS}."
         )
+    if not steps_as_torch(optimizer) and _probed(optimizer, differentiable=False) is None:
+        raise OptimizerError(
+            f"`optimizer` is {name}, whose step cannot be taken by itself, as where it calls a closure; use "
+            f"{DIFFERENTIABLE_OPTIMIZERS}."
+        )
 
 
 def has_differentiable_step(optimizer: Optimizer) -> bool:
@@ -54,11 +60,20 @@ def has_differentiable_step(optimizer: Optimizer) -> bool:
     if steps_as_torch(optimizer):
         return True
     # A subclass has inherited the option; whether its own step heeds it shows when it is taken.
+    moved = _probed(optimizer, differentiable=True)
+    return moved is not None and moved.requires_grad
+
+
+def _probed(optimizer: Optimizer, differentiable: bool) -> Tensor | None:
+    """Return what a step makes of one weight, or ``None`` where it fails without what else it waits for."""
     weight = torch.zeros(1)
     probe = ShadowOptimizer(optimizer, [weight])
-    with torch.enable_grad():
-        (moved,) = probe.step([0], [weight], [torch.ones(1, requires_grad=True)])
-    return moved.requires_grad
+    try:
+        with torch.enable_grad():
+            (moved,) = probe.step([0], [weight], [torch.ones(1, requires_grad=differentiable)], differentiable)
+    except Exception:  # a user's step may raise anything
+        return None
+    return moved
 
 
 def steps_as_torch(optimizer: Optimizer) -> bool:
@@ -121,7 +136,9 @@ class ShadowOptimizer:
                 "param_groups": groups,
             }
         )
-        shadow.step()
+        # A user's step may ask for a closure, which Lightning always gives.
+        takes_closure = "closure" in inspect.signature(self.optimizer_class.step).parameters
+        shadow.step(**({"closure": None} if takes_closure else {}))
         return moved
 
     def _complete_momentum(
