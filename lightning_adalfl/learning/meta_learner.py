@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,8 @@ from lightning_adalfl.learning.learned_rate import LearnedRate
 from lightning_adalfl.learning.recorded_forward import Predict
 from lightning_adalfl.learning.torch_private import norm
 from lightning_adalfl.losses.learned_loss import LearnedLoss
-from lightning_adalfl.losses.tasks import task_named
 from lightning_adalfl.losses.predicted import Predicted
+from lightning_adalfl.losses.tasks import task_named
 from lightning_adalfl.losses.training_objective import BentLoss, LearnedAlone, OwnLoss, TrainingObjective
 
 RATE_HORIZON = 100  # base steps
@@ -109,8 +110,8 @@ class MetaLearner:
 
     def _objective(self, is_zero: bool) -> TrainingObjective:
         if self.loss is None:
-            return OwnLoss(self.task)
-        return BentLoss(self.loss, self.task, is_zero) if self.config.own_loss else LearnedAlone(self.loss, self.task)
+            return OwnLoss()
+        return BentLoss(self.loss, is_zero) if self.config.own_loss else LearnedAlone(self.loss)
 
     # One step.
 
@@ -159,7 +160,7 @@ class MetaLearner:
             if isinstance(self.config.task_loss, str) or not self.config.own_loss:
                 raise
             # The task loss knows what to make of them, and the learned loss has no pairs.
-            self.objective = OwnLoss(self.task)
+            self.objective = OwnLoss()
             warnings.warn(
                 f"No shape is learned: {error} Training goes on with your own loss alone. To learn its shape, return "
                 "from `adalfl_predict` the output that is compared with the target, and a `task_loss` of that.",
@@ -364,9 +365,18 @@ class MetaLearner:
         """Take over what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the state is damaged, of another version, or of another kind of learned loss.
+            ValueError: If the state is damaged, of another version, or of another kind of learned loss; nothing of it is
+                taken over then.
         """
         _check_state(state)
+        before = copy.deepcopy(self.state_dict())
+        try:
+            self._load(state)
+        except Exception as error:  # whatever torch makes of entries that are not its own
+            self._load(before)
+            raise error if isinstance(error, ValueError) else ValueError(_UNREADABLE) from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         if (self.loss is None) != (state["loss"] is None) or (self.rate is None) != (state["rate"] is None):
             raise ValueError(
                 f"the checkpoint was written with `learn={state['config'].get('learn')!r}` and this learner has "
@@ -409,6 +419,10 @@ class MetaLearner:
         return {**self.__dict__, "last_step": None, "scalars": {}}
 
 
+_UNREADABLE = (
+    "the checkpoint's entry 'adalfl' cannot be read: it is damaged or of another version of lightning_adalfl. Take another "
+    "checkpoint, or delete the entry to train with a new learned loss."
+)
 _COUNTS = ("base_steps", "meta_steps", "unanswered", "skipped_meta_steps")
 
 
@@ -426,7 +440,4 @@ def _check_state(state: Any) -> None:
         and isinstance(state.get("is_initialised"), bool)
     )
     if not is_whole:
-        raise ValueError(
-            "the checkpoint's entry 'adalfl' cannot be read: it is damaged or of another version of lightning_adalfl. "
-            "Take another checkpoint, or delete the entry to train with a new learned loss."
-        )
+        raise ValueError(_UNREADABLE)
