@@ -1,340 +1,247 @@
-"""What a learned loss says is what it is: numbers against losses whose answer is known, and the command line."""
+"""What a learned loss looks like and says: against autograd, and against losses whose answer is known."""
 
 from __future__ import annotations
 
-import pickle
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from projects import Ada, config, loaders, make, trainer
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_adalfl import (
-    AdaLFLInit,
-    LearnedLoss,
-    LossNetwork,
-    LossShapeLogger,
-    LossTrajectory,
-    TaylorLoss,
-    TrajectoryRecorder,
-)
-from lightning_adalfl.__main__ import main
-from lightning_adalfl.inspection import LossReport, in_words, inspect_shape, plot_inspection, read_source
-from lightning_adalfl.loss_shape import evaluate_loss_shape
-from lightning_adalfl.losses.safe_file import write_safe_file
+from lightning_adalfl import LearnedLoss, LossNetwork
+from lightning_adalfl.inspection import LossPath, LossReport, LossShape, loss_shape, report
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
-]
 TASKS = ("multiclass", "binary", "multilabel", "regression")
 
 
 class Formula(LearnedLoss):
-    """ℓ(y, f) from a function."""
+    """ℓ(f, y) from a function."""
 
-    def __init__(self, task: str, function: Any, reduction: str = "mean") -> None:
+    def __init__(self, task: str, function: Callable[[Tensor, Tensor], Tensor], reduction: str = "sum") -> None:
         super().__init__(task, reduction)
         self.function = function
-        self.unused = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.ones(()))
 
     def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return self.function(prediction, target) + 0 * self.unused
+        return self.function(prediction, target) * self.scale
 
 
-def report_of(loss: LearnedLoss, classes: int = 10) -> LossReport:
-    return inspect_shape(evaluate_loss_shape(loss, 7), classes=classes, reduction=loss.reduction)
-
-
-def smoothed(ε: float, classes: int) -> Any:
-    def loss(f: Tensor, y: Tensor) -> Tensor:
-        return -(y * (1 - ε) + ε / classes) * f.clamp_min(1e-9).log()
-
-    return loss
-
-
-def smoothed_binary(ε: float) -> Any:
-    def loss(f: Tensor, y: Tensor) -> Tensor:
-        target = y * (1 - ε) + ε / 2
-        return -target * f.clamp_min(1e-9).log() - (1 - target) * (1 - f).clamp_min(1e-9).log()
-
-    return loss
-
-
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_handcrafted_loss_is_seen_as_itself(task: str, reduction: str) -> None:
-    report = report_of(LossNetwork(task, reduction=reduction, residual=True), classes=4)
-    # Eq. 3 averages over the C outputs, of which the cross-entropy has one term.
-    assert report.strength == pytest.approx(0.25 if (task, reduction) == ("multiclass", "mean") else 1.0, rel=1e-4)
-    assert report.alignment == pytest.approx(1.0, abs=1e-6)
-    assert report.flatness == 0
-    assert all(item.away == item.flat == () and item.turn is None for item in report.paths)
-    for item in report.paths:
-        np.testing.assert_allclose(item.path.rate, report.strength, rtol=1e-3)
-    form = report.closed_forms[0]
-    expected = 1.0 if task != "regression" else None
-    assert form.handcrafted == (None if expected is None else pytest.approx(expected, abs=1e-4))
-    assert form.max_error < 1e-3
-
-
-@pytest.mark.parametrize("classes", [2, 3, 10])
-def test_the_rate_is_that_of_the_gradients_by_the_logits(classes: int) -> None:
-    """Against ⟨m, τ⟩ / ⟨τ, τ⟩ by autograd, at logits that give the true class probability p and the others the rest."""
-    loss = LossNetwork("multiclass")
-    (item,) = report_of(loss, classes).paths
-    for p in (0.1, 0.5, 0.9):
-        logits = torch.full((1, classes), float(np.log((1 - p) / (classes - 1)))).requires_grad_()
-        with torch.no_grad():
-            logits[0, 0] = float(np.log(p))
-        target = torch.tensor([0])
-        (m,) = torch.autograd.grad(loss(logits, target), logits)
-        (τ,) = torch.autograd.grad(nn.functional.cross_entropy(logits, target), logits)
-        rate = float((m * τ).sum() / τ.square().sum())
-        assert np.interp(p, item.path.x, item.path.rate) == pytest.approx(rate, rel=2e-2, abs=1e-3)
-
-
-def test_a_slope_that_the_softmax_takes_no_notice_of_changes_nothing() -> None:
-    plain, tilted = (
-        report_of(Formula("multiclass", lambda f, y, a=a: (f - y) ** 2 + a * f)).paths[0].path.rate for a in (0, 50)
-    )
-    np.testing.assert_allclose(tilted, plain, atol=1e-4)
-
-
-def test_a_factor_is_strength_and_nothing_else() -> None:
-    report = report_of(Formula("regression", lambda f, y: 3.5 * (f - y) ** 2))
-    assert report.strength == pytest.approx(3.5, rel=1e-5)
-    assert report.alignment == pytest.approx(1.0)
-    for form in report.closed_forms:
-        assert form.coefficients == pytest.approx((0, 0, 3.5), abs=1e-4)
-        assert form.max_error < 1e-5
-    assert "is that loss but for strength" in in_words(report)
-
-
-@pytest.mark.parametrize("ε", [0.1, 0.3])
-def test_label_smoothing_is_recognised(ε: float) -> None:
-    (item,) = report_of(Formula("multiclass", smoothed(ε, 5), "sum"), classes=5).paths
-    assert item.turn == pytest.approx(1 - ε + ε / 5, abs=0.015)
-    assert item.smoothing == pytest.approx(ε, abs=0.02)
-    for item, turn in zip(report_of(Formula("binary", smoothed_binary(ε))).paths, (1 - ε / 2, ε / 2), strict=True):
-        assert item.turn == pytest.approx(turn, abs=0.015)
-        assert item.smoothing == pytest.approx(ε, abs=0.03)
-    words = in_words(report_of(Formula("binary", smoothed_binary(0.3))))
-    assert "For target 0 it turns up at the confident end, beyond 0.15: label smoothing (section 5.7)" in words
-
-
-def test_a_flat_region_is_found() -> None:
-    report = report_of(Formula("binary", lambda f, y: (0.6 - (1 - (f - y).abs())).clamp_min(0) ** 2))
-    for item, flat in zip(report.paths, ((0.6, 0.99), (0.01, 0.4)), strict=True):
-        ((low, high),) = item.flat
-        assert (low, high) == pytest.approx(flat, abs=0.06)
-        assert item.away == ()
-    assert 0.35 < report.flatness < 0.5
-    assert "Flat regions (section 5.6). 4" in in_words(report)
-
-
-def test_a_loss_that_has_flattened_altogether() -> None:
-    report = report_of(Formula("regression", lambda f, y: 0 * f * y))
-    assert (report.strength, report.alignment, report.flatness) == (0, 0, 1)
-    faint = report_of(Formula("regression", lambda f, y: 0.01 * (f - y) ** 2))
-    assert faint.flatness == 0
-    assert "the loss has flattened, which stops training early (section 5.6)" in in_words(faint)
-
-
-def test_a_minimum_off_the_target_is_found() -> None:
-    report = report_of(Formula("regression", lambda f, y: (f - y - 0.2) ** 2))
-    for item in report.paths:
-        assert item.turn == pytest.approx(0.2, abs=0.011)
-        ((low, high),) = item.away
-        assert (low, high) == pytest.approx((0.02, 0.18), abs=0.021)
-    assert "it is lowest at an error of 0.2, and so pulls predictions off the target" in in_words(report)
-
-
-def test_a_loss_that_pulls_away_everywhere() -> None:
-    report = report_of(Formula("binary", lambda f, y: -((f - y) ** 2)))
-    assert report.strength < 0
-    assert all(item.turn is None and len(item.away) == 1 for item in report.paths)
-    assert "on the whole it drives predictions away from the targets" in in_words(report)
-
-
-@pytest.mark.parametrize("order", ["quadratic", "cubic"])
-def test_the_closed_form_of_a_polynomial_is_that_polynomial(order: str) -> None:
-    loss = TaylorLoss("binary", order)
+def class_network(classes: int) -> LossNetwork:
+    """Return a network that has met so many classes."""
+    loss = LossNetwork("multiclass", sees_classes=True)
     with torch.no_grad():
-        loss.coefficients.copy_(torch.tensor([0.2, 0.1, -0.7, 1.3, 2.0, -1.1, 0.4, 0.6]))
-    f = np.linspace(0, 1, 11)
-    for form in report_of(loss).closed_forms:
-        assert form.handcrafted is None
-        assert form.rms_error < 0.01
-        fitted = np.polynomial.polynomial.polyval(f - form.centre, form.coefficients)
-        with torch.no_grad():
-            values = loss.pairwise(torch.tensor(f).float(), torch.full((11,), form.target)).numpy()
-        assert np.abs(fitted - values).max() < 0.05 * np.ptp(values)
+        loss.label_embedding[:classes].normal_()
+        loss.output_embedding[:classes].normal_()
+    return loss
 
 
-def test_the_gain_is_told() -> None:
-    words = in_words(report_of(LossNetwork("binary", residual=True)), gain=2.5)
-    assert "within bounds, where the strength is the learned gain, 2.5" in words
+def reported(task: str, function: Callable[[Tensor, Tensor], Tensor], **look: Any) -> LossReport:
+    return report(loss_shape(Formula(task, function), **look), "sum")
 
 
-def test_a_diverged_loss_and_too_few_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match="the loss is not finite on its grid, so the run diverged"):
-        report_of(Formula("binary", lambda f, y: f * float("nan")))
-    with pytest.raises(ValueError, match="`classes` must be 2 or more; got 1"):
-        report_of(LossNetwork("multiclass"), classes=1)
+@pytest.mark.parametrize("is_added", [False, True])
+@pytest.mark.parametrize("classes", [2, 3, 12])
+def test_paths_between_classes_have_the_loss_and_the_gradient_of_an_instance(classes: int, is_added: bool) -> None:
+    loss = class_network(classes).double()
+    shape = loss_shape(loss, 5, is_added=is_added, resolution=11)
+    assert (shape.step, shape.classes, len(shape.paths)) == (5, classes, 1 if classes == 2 else 2)
+    assert len(shape.pairs) == min(classes, 10) * (classes - 1)
+
+    def instance(label: int, probabilities: Tensor) -> tuple[float, float]:
+        logits = probabilities.clamp_min(1e-30).log()[None].requires_grad_()
+        target = torch.tensor([label])
+        value = classes * loss(logits, target) + (F.cross_entropy(logits, target) if is_added else 0)
+        (gradient,) = torch.autograd.grad(value, logits)
+        return value.item(), gradient[0, label].item()
+
+    def demand(path: LossPath, row: int, label: int, rest: Callable[[float], Tensor]) -> None:
+        found = []
+        for x in path.x:
+            probabilities = rest(x)
+            probabilities[label] = x
+            found.append(instance(label, probabilities))
+        value, slope = np.array(found).T
+        np.testing.assert_allclose(path.each_slope[row], slope, rtol=1e-6, atol=1e-7)
+        relative = path.each_loss[row] - path.each_loss[row][-1]
+        np.testing.assert_allclose(relative, value - value[-1], rtol=1e-6, atol=1e-7)
+
+    eye = torch.eye(classes).double()
+    for row in (0, len(shape.pairs) // 2, len(shape.pairs) - 1):
+        label, other = shape.pairs[row]
+        demand(shape.paths[0], row, label, lambda x, other=other: eye[other] * (1 - x))
+        if classes > 2:
+            share = torch.ones(classes).double() / (classes - 1)
+            demand(shape.paths[1], row // (classes - 1), label, lambda x, share=share: share * (1 - x))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A folder with what a short run leaves, and the module."""
-    folder = tmp_path_factory.mktemp("version_0")
-    module = make(Ada, adalfl=config())
-    callbacks = [AdaLFLInit(steps=2), LossShapeLogger(every_n_steps=4), TrajectoryRecorder(4)]
-    fit = trainer(folder, callbacks=callbacks)
-    fit.fit(module, *loaders())
-    fit.save_checkpoint(folder / "last.ckpt")
-    module.adalfl.loss.save(folder / "loss.safetensors")
-    return folder, module
-
-
-@pytest.mark.parametrize("name", ["", "loss_shape.npz", "loss_trajectory.safetensors", "last.ckpt", "loss.safetensors"])
-def test_every_source_gives_the_same_loss(name: str, run: tuple[Path, Any]) -> None:
-    folder, module = run
-    random_state = torch.get_rng_state()
-    source = read_source(folder / name)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    gain = 1.0 if name == "loss.safetensors" else module.adalfl.log_gain.exp().item()
-    expected = evaluate_loss_shape(module.adalfl.loss, 12)
-    torch.testing.assert_close(source.shapes[-1].loss, expected.loss * gain)
-    torch.testing.assert_close(source.shapes[-1].slope, expected.slope * gain)
-    assert source.shapes[-1].step == (0 if name == "loss.safetensors" else 12)
-    has_gain = name in ("loss_trajectory.safetensors", "last.ckpt")
-    assert source.gain == (pytest.approx(module.adalfl.log_gain.exp().item()) if has_gain else None)
-
-
-@pytest.mark.parametrize("name", ["", "loss_trajectory.safetensors", "last.ckpt", "loss.safetensors"])
-def test_the_command_draws_and_describes(
-    name: str, run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, _ = run
-    assert main(["inspect", str(folder / name), "--classes", "3", "--output", str(tmp_path / "new" / "a.png")]) == 0
-    text = capsys.readouterr().out
-    for part in ("for 3 classes", "Strength", "Shape.", "Flat regions", "Non-monotone", "Closed form", "target 1: ℓ ≈"):
-        assert part in text
-    assert f"Figure: {tmp_path / 'new' / 'a.png'}" in text
-    pictures = sorted(path.name for path in (tmp_path / "new").iterdir())
-    assert pictures == (["a.png", "a_evolution.png"] if name in ("", "loss_trajectory.safetensors") else ["a.png"])
-    for picture in pictures:
-        pixels = matplotlib.image.imread(tmp_path / "new" / picture)
-        assert min(pixels.shape[:2]) > 400
-        assert pixels.std() > 0.05
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_figure_of_every_task(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    LossNetwork(task).save(tmp_path / "loss.safetensors")
-    assert main(["inspect", str(tmp_path / "loss.safetensors"), "--targets", "0", "2", "--error-range", "3"]) == 0
-    assert (tmp_path / "inspection.png").stat().st_size > 10_000
-    figure = plot_inspection(report_of(LossNetwork(task)), title="mine")
-    assert len(figure.axes) == 2 * {"multiclass": 1, "regression": 3}.get(task, 2)
-    assert figure.get_suptitle() == "mine"
-    if task == "regression":
-        assert "-3     -1.5" in capsys.readouterr().out
-
-
-def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
-    TaylorLoss("binary").save(tmp_path / "loss.safetensors")
-    command = [sys.executable, "-m", "lightning_adalfl", "inspect", str(tmp_path / "loss.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "a TaylorLoss of 8 numbers" in done.stdout
-
-
-class Bomb:
-    def __reduce__(self) -> Any:
-        return exec, ("raise SystemExit('it ran')",)
-
-
-def hostile(path: Path) -> None:
-    torch.save({"adalfl": Bomb()}, path)
-
-
-def only_a_rate(path: Path) -> None:
-    module = make(Ada, adalfl=config(learn="lr"))
-    runner = trainer(path.parent, max_steps=1)
-    runner.fit(module, *loaders())
-    runner.save_checkpoint(path)
-
-
-def unknown_field(path: Path) -> None:
-    torch.save(
-        {
-            "adalfl": {"state_dict": {}, "progress": {"base_steps": 3}},
-            "hyper_parameters": {"adalfl": {"task": "binary", "from_the_future": 1}},
-        },
-        path,
+def test_a_tilt_that_all_outputs_share_changes_nothing() -> None:
+    plain, tilted = (
+        loss_shape(Formula("multiclass", lambda f, y, a=a: (f - y) ** 2 + a * f), classes=4).paths for a in (0, 50)
     )
+    for one, other in zip(plain, tilted, strict=True):
+        np.testing.assert_allclose(other.slope, one.slope, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_a_path_for_each_target_of_an_output_of_its_own(task: str) -> None:
+    shape = loss_shape(Formula(task, lambda f, y: 2 * (f - y) ** 2), resolution=11)
+    for y, path in zip((1.0, 0.0), shape.paths, strict=True):
+        f = path.x
+        assert (path.name, path.correct) == (f"target {y:g}", y)
+        np.testing.assert_allclose(path.loss, 2 * (f - y) ** 2, atol=1e-6)
+        np.testing.assert_allclose(path.slope, 4 * (f - y) * f * (1 - f), atol=1e-6)
+        np.testing.assert_allclose(path.own_slope, f - y, atol=1e-12)
+
+
+def test_regression_is_looked_at_over_errors_and_on_a_grid_of_pairs() -> None:
+    loss = Formula("regression", lambda f, y: 2 * (f - y) ** 2)
+    shape = loss_shape(loss, resolution=21, targets=(-1.0, 0.5, 4.0), error_range=3.0)
+    error = np.linspace(-3, 3, 21)
+    for path in shape.paths:
+        np.testing.assert_allclose(path.x, error, atol=1e-6)
+        np.testing.assert_allclose(path.loss, 2 * error**2, atol=1e-4)
+        np.testing.assert_allclose(path.slope, 4 * error, atol=1e-4)
+    assert [path.name for path in shape.paths] == ["target -1", "target 0.5", "target 4"]
+    targets, predictions, values = shape.heat
+    assert (targets[0], targets[-1], predictions[0], predictions[-1]) == (-2.5, 5.5, -4.0, 7.0)
+    np.testing.assert_allclose(values, 2 * (predictions - targets[:, None]) ** 2, atol=1e-4)
+
+
+def test_looking_changes_nothing_and_sees_neither_inference_mode_nor_autocast() -> None:
+    loss = class_network(3)
+    state = torch.get_rng_state()
+    expected = loss_shape(loss)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        seen = loss_shape(loss)
+    for one, other in zip(seen.paths, expected.paths, strict=True):
+        np.testing.assert_array_equal(one.each_slope, other.each_slope)
+    assert all(parameter.grad is None for parameter in loss.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_before_a_class_is_met_one_pair_says_all() -> None:
+    shape = loss_shape(LossNetwork("multiclass", sees_classes=True))
+    assert (shape.classes, shape.pairs, len(shape.paths)) == (None, (), 1)
+    named = loss_shape(LossNetwork("multiclass"), classes=10)
+    assert (named.classes, named.pairs, [len(path.each_loss) for path in named.paths]) == (10, (), [1, 1])
+
+
+def test_what_is_added_is_drawn_as_long_as_a_step_is() -> None:
+    large = loss_shape(Formula("binary", lambda f, y: 9 * (f - y) ** 2), is_added=True)
+    length = [
+        np.sqrt(np.mean([np.mean(getattr(p, name) ** 2) for p in large.paths])) for name in ("slope", "own_slope")
+    ]
+    assert large.size > 1
+    assert length[0] * large.shortening == pytest.approx(length[1])
+    small = loss_shape(Formula("binary", lambda f, y: -0.1 * (f - y) ** 2), is_added=True)
+    assert small.shortening == 1
+    begin = loss_shape(Formula("regression", lambda f, y: 0 * f * y), is_added=True)
+    for path in begin.paths:
+        np.testing.assert_array_equal(path.loss, path.own_loss)
+        np.testing.assert_array_equal(path.slope, path.own_slope)
+    assert loss_shape(Formula("binary", lambda f, y: 9 * (f - y) ** 2)).shortening == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "write", "message"),
+    ("arguments", "error", "message"),
     [
-        ("no.safetensors", lambda path: None, "no.safetensors: there is no such file or folder; check the path"),
-        ("a.txt", lambda path: path.write_text("x"), "a.txt: give a .safetensors file, a checkpoint"),
-        ("a.npz", lambda path: path.write_bytes(b"PK"), "a.npz: it is truncated, corrupt or no npz file"),
-        ("a.safetensors", lambda path: path.write_bytes(b"x" * 99), "a.safetensors: it is truncated, corrupt"),
-        (
-            "b.safetensors",
-            lambda path: write_safe_file(path, "recipe", 1, {}, {}),
-            "it holds 'recipe', which has nothing",
-        ),
-        ("a.ckpt", lambda path: path.write_bytes(b"x" * 99), "a.ckpt: it is truncated, corrupt, or holds more than"),
-        ("b.ckpt", hostile, "b.ckpt: it is truncated, corrupt, or holds more than tensors and plain values"),
-        ("c.ckpt", lambda path: path.write_bytes(pickle.dumps(Bomb())), "c.ckpt: it is truncated, corrupt, or holds"),
-        (
-            "d.ckpt",
-            lambda path: torch.save({"state_dict": {}}, path),
-            "d.ckpt: it has no learned loss; give a checkpoint",
-        ),
-        ("e.ckpt", only_a_rate, "e.ckpt: only the learning rate was learned"),
-        ("f.ckpt", unknown_field, "f.ckpt: `adalfl` has unknown fields"),
-        (
-            "empty",
-            lambda path: path.mkdir(),
-            "holds neither loss_shape.npz nor loss_trajectory.safetensors; train with",
-        ),
+        ({"step": -1}, ValueError, "`step` must be a whole number, 0 or more; got -1"),
+        ({"resolution": 2}, ValueError, "`resolution` must be a whole number, 3 or more; got 2"),
+        ({"classes": 1}, ValueError, "`classes` must be a whole number, 2 or more; got 1"),
+        ({"targets": ()}, TypeError, r"`targets` must be a sequence of numbers.*got \(\)"),
+        ({"targets": "12"}, TypeError, r"`targets` must be a sequence of numbers.*got '12'"),
+        ({"targets": (0.0, float("nan"))}, ValueError, "`targets` must be finite; got nan"),
+        ({"error_range": 0.0}, ValueError, r"`error_range` must be positive; got 0\.0"),
     ],
 )
-def test_what_cannot_be_read_is_a_clear_error(
-    name: str, write: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write(tmp_path / name)
-    capsys.readouterr()
-    assert main(["inspect", str(tmp_path / name)]) == 1
-    output = capsys.readouterr()
-    assert output.err.startswith("error: ")
-    assert message in output.err
-    assert output.out == ""
-    assert not (tmp_path / "inspection.png").exists()
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        loss_shape(LossNetwork("multiclass"), **arguments)
 
 
-def test_the_folder_above_names_those_below(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trajectory = LossTrajectory()
-    trajectory.append(0, TaylorLoss("binary"))
-    trajectory.save(tmp_path / "run" / "version_3" / "loss_trajectory.safetensors")
-    assert main(["inspect", str(tmp_path)]) == 1
-    assert "version_3 has one; give that folder" in capsys.readouterr().err
+def test_a_loss_that_is_none_of_pairs_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`pairwise` of Formula returned shape \(\) .* one value for each pair"):
+        loss_shape(Formula("binary", lambda f, y: (f - y).sum()))
 
 
-@pytest.mark.parametrize("arguments", [[], ["inspect"], ["draw", "x"], ["inspect", "x", "--classes", "many"]])
-def test_a_wrong_command_line_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    assert "usage: python -m lightning_adalfl" in capsys.readouterr().err
+# The report.
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_handcrafted_loss_is_seen_as_itself(task: str, reduction: str) -> None:
+    loss = Formula(task, lambda f, y: LossNetwork(task).pairing.pairwise(f, y), reduction)
+    shape = loss_shape(loss, classes=4 if task == "multiclass" else None)
+    found = report(shape, reduction)
+    # Eq. 3 averages over the C outputs, of which the cross-entropy has one term.
+    assert found.strength == pytest.approx(0.25 if (task, reduction) == ("multiclass", "mean") else 1.0, rel=1e-4)
+    assert found.alignment == pytest.approx(1.0, abs=1e-6)
+    assert (shape.flatness, shape.turn_up if task != "regression" else 0) == (0, pytest.approx(0, abs=1e-6))
+    assert not any((*found.flat, *found.away))
+    assert "it is that loss but for strength" in str(found)
+    assert "None: it pulls towards the target everywhere" in str(found)
+
+
+def test_label_smoothing_is_a_turn_at_a_confident_prediction() -> None:
+    def smoothed(f: Tensor, y: Tensor) -> Tensor:
+        target = y * 0.7 + 0.15
+        return -target * f.clamp_min(1e-9).log() - (1 - target) * (1 - f).clamp_min(1e-9).log()
+
+    found = reported("binary", smoothed)
+    for (region,), end, lowest in zip(found.away, (0.999, 0.001), (0.85, 0.15), strict=True):
+        assert sorted(region) == pytest.approx(sorted((lowest, end)), abs=0.03)
+    assert found.lowest == pytest.approx((0.85, 0.15), abs=0.01)
+    assert found.shape.turn_up > 0.1
+    assert "target 0: it pulls away from the target at 0.00 to 0.14, it is lowest at 0.15" in str(found)
+
+
+def test_a_flat_region_is_found() -> None:
+    found = reported("binary", lambda f, y: (0.6 - (1 - (f - y).abs())).clamp_min(0) ** 2)
+    for (region,), wanted in zip(found.flat, ((0.58, 0.999), (0.001, 0.42)), strict=True):
+        assert region == pytest.approx(wanted, abs=0.06)
+    assert 0.35 < found.shape.flatness < 0.5
+    assert "Flat regions (section 5.6). 4" in str(found)
+
+
+def test_a_loss_that_has_flattened_altogether() -> None:
+    none = reported("regression", lambda f, y: 0 * f * y)
+    assert (none.strength, none.alignment, none.shape.flatness) == (0, 0, 1)
+    faint = reported("regression", lambda f, y: 0.01 * (f - y) ** 2)
+    assert faint.shape.flatness == 0
+    assert "the loss has flattened, which stops training early (section 5.6)" in str(faint)
+
+
+def test_a_minimum_off_the_target_is_found() -> None:
+    found = reported("regression", lambda f, y: (f - y - 0.2) ** 2)
+    for (region,) in found.away:
+        assert region == pytest.approx((0.02, 0.18), abs=0.021)
+    assert found.lowest == pytest.approx((0.2, 0.2, 0.2), abs=0.011)
+    assert "it is lowest at 0.2" in str(found)
+
+
+def test_a_loss_that_pulls_away_everywhere() -> None:
+    found = reported("binary", lambda f, y: -((f - y) ** 2))
+    assert found.strength < 0
+    assert all(len(away) == 1 for away in found.away)
+    assert "drives more away from the targets than towards them" in str(found)
+
+
+def test_what_is_added_is_told_as_such() -> None:
+    begin = report(loss_shape(LossNetwork("multiclass", sees_classes=True), is_added=True))
+    assert "in the direction of cross-entropy as without what is learned" in str(begin)
+    nothing = Formula("multiclass", lambda f, y: 0 * f * y)
+    assert "hardly anything is learned as yet" in str(report(loss_shape(nothing, is_added=True)))
+    met = report(loss_shape(class_network(3), is_added=True))
+    assert "Classes. Between two of them it pulls to the label as hard as cross-entropy does from" in str(met)
+    assert "-3     -1.5" in str(report(loss_shape(LossNetwork("regression"), error_range=3.0)))
+
+
+def test_what_cannot_be_reported_is_refused() -> None:
+    shape: LossShape = loss_shape(Formula("binary", lambda f, y: f * float("nan")))
+    with pytest.raises(ValueError, match="the loss is not finite along its paths, so the run diverged"):
+        report(shape)
+    with pytest.raises(ValueError, match="`classes` is needed: a loss that trains alone is a mean over the outputs"):
+        report(loss_shape(LossNetwork("multiclass")))

@@ -9,25 +9,27 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
+from projects import adaptive, make, trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_adalfl import AdaLFLConfig, AdaLFLMixin, LossShapeLogger
+from lightning_adalfl import AdaLFLConfig, LossShapeLogger
 
-SCALARS = {"adalfl/learned_loss", "adalfl/task_loss", "adalfl/meta_grad_norm", "adalfl/implied_lr"}
+SCALARS = {f"adalfl/{name}" for name in ("learned_loss", "task_loss", "meta_grad_norm", "implied_lr", "flatness")}
 IMAGES = {"adalfl/loss_shape", "adalfl/loss_heatmap"}
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1400,3000"
 )
+pytestmark = pytest.mark.slow
 
 
 class Regressor(L.LightningModule):
@@ -36,29 +38,29 @@ class Regressor(L.LightningModule):
         self.save_hyperparameters()
         self.model = torch.nn.Linear(3, 1)
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return self.model(x)
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         x, y = batch
         return F.mse_loss(self(x), y)
 
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
         self.log("val_error", F.mse_loss(self(x), y))
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
-
-
-class AdaRegressor(AdaLFLMixin, Regressor):
-    pass
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("logs")
-    train_into(folder)
+    x = torch.randn(256, 3)
+    data = DataLoader(TensorDataset(x, x.sum(1, keepdim=True) / 4), 32)
+    logger, callbacks = TensorBoardLogger(folder, name="run"), [LossShapeLogger(every_n_steps=5, figure_every=10)]
+    runner = trainer(folder, max_steps=30, max_epochs=None, logger=logger, callbacks=callbacks, log_every_n_steps=2)
+    runner.fit(make(adaptive(Regressor), adalfl=AdaLFLConfig("regression", meta_every=1)), data, data)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,25 +77,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait(timeout=20)
 
 
-def train_into(folder: Path) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(256, 3)
-    data = TensorDataset(x, x.sum(1, keepdim=True) / 4)
-    trainer = L.Trainer(
-        max_steps=30,
-        accelerator="cpu",
-        logger=TensorBoardLogger(folder, name="run"),
-        callbacks=[LossShapeLogger(every_n_steps=5, figure_every=10)],
-        log_every_n_steps=2,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    model = AdaRegressor(adalfl=AdaLFLConfig(task="regression", meta_lr=1e-3))
-    trainer.fit(model, DataLoader(data, 32), DataLoader(data, 32))
-
-
-def fetched(url: str) -> dict | None:
+def fetched(url: str) -> Any:
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             return json.load(answer) or None
@@ -101,7 +85,7 @@ def fetched(url: str) -> dict | None:
         return None
 
 
-def wait_until(ready, seconds: float):
+def wait_until(ready: Callable[[], Any], seconds: float) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if result := ready():
@@ -110,7 +94,6 @@ def wait_until(ready, seconds: float):
     raise TimeoutError(f"not ready after {seconds} seconds")
 
 
-@pytest.mark.slow
 def test_the_server_serves_scalars_figures_and_hyperparameters(server: str) -> None:
     (scalars,) = fetched(f"{server}/data/plugin/scalars/tags").values()
     assert set(scalars) >= SCALARS
@@ -119,7 +102,6 @@ def test_the_server_serves_scalars_figures_and_hyperparameters(server: str) -> N
     assert "hparams" in fetched(f"{server}/data/plugins_listing")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed")
 def test_a_browser_shows_the_figure_and_the_scalars(server: str) -> None:
     from selenium import webdriver
@@ -134,17 +116,9 @@ def test_a_browser_shows_the_figure_and_the_scalars(server: str) -> None:
         browser.get(f"{server}/#timeseries")
         # A card's heading splits its tag over two lines.
         headings = {tag.removeprefix("adalfl") for tag in SCALARS | IMAGES}
-        wait_until(lambda: all(heading in text_of(browser) for heading in headings), 90)
-        widths = wait_until(lambda: image_widths(browser), 30)
-        assert max(widths) > 300, "the figure was not drawn"
+        text = "return document.body.innerText"
+        wait_until(lambda: all(heading in browser.execute_script(text) for heading in headings), 90)
+        widths = "return [...document.querySelectorAll('img')].map(i => i.naturalWidth).filter(w => w > 0)"
+        assert max(wait_until(lambda: browser.execute_script(widths), 30)) > 300, "the figure was not drawn"
     finally:
         browser.quit()
-
-
-def text_of(browser) -> str:
-    return browser.execute_script("return document.body.innerText")
-
-
-def image_widths(browser) -> list[int]:
-    widths = browser.execute_script("return [...document.querySelectorAll('img')].map(i => i.naturalWidth)")
-    return [width for width in widths if width > 0]

@@ -99,7 +99,8 @@ def plot_heatmap(shape: LossShape, *, title: str | None = None) -> Figure:
     if shape.heat is None:
         raise ValueError(f"a heat map is for task 'regression'; got {shape.task!r}, for which there is `plot_history`.")
     targets, predictions, loss = shape.heat
-    values = (loss - _at(predictions, loss, targets)[:, None]) * shape.shortening
+    rows = _finite(loss)
+    values = (rows - _at(predictions, rows, targets)[:, None]) * shape.shortening
     with matplotlib.style.context("default"):
         figure = _figure(6.4, 4.6)
         axes = figure.subplots()
@@ -156,10 +157,15 @@ def _title(shape: LossShape) -> str:
 
 
 def _less_correct(path: LossPath, loss: Values) -> Values:
-    """Return rows (..., G) less their value at the right prediction, with a gap where one is not finite."""
-    rows = np.where(np.isfinite(loss), loss, np.nan)
+    """Return rows (..., G) less their value at the right prediction."""
+    rows = _finite(loss)
     flat = rows.reshape(-1, rows.shape[-1])
     return rows - _at(path.x, flat, np.full(len(flat), path.correct)).reshape(*rows.shape[:-1], 1)
+
+
+def _finite(values: Values) -> Values:
+    """Return the values with a gap where one is not finite."""
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _at(grid: Values, rows: Values, where: Values) -> Values:

@@ -259,8 +259,9 @@ def read(path: PathLike, is_added: bool = True) -> LossHistory:
 
 def _from_checkpoint(path: str) -> LossHistory:
     try:
+        is_local = os.path.isfile(path)
         with fsspec.open(path, "rb") as file:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path if is_local else file, map_location="cpu", weights_only=True, mmap=is_local)
     except Exception as error:  # whatever zipfile and torch make of bytes that are not theirs
         reason = str(error).partition("\n")[0]
         raise ValueError(
