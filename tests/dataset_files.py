@@ -16,6 +16,7 @@ import torch
 import torchvision
 from scipy.io import savemat
 from sklearn.utils import Bunch
+from tasks import in_order
 
 
 def generator() -> np.random.Generator:
@@ -85,9 +86,9 @@ def crime_table(rows: int = 200) -> Bunch:
     data = numbers.assign(
         state=1.0, communityname="Somewhere", fold=1.0, county=np.nan, LemasSwornFT=gaps, OtherPerCap=nominal
     )
-    return Bunch(data=data, target=pd.Series(random.random(rows) * 3, name="ViolentCrimesPerPop"))
+    return Bunch(frame=data.assign(ViolentCrimesPerPop=random.random(rows) * 3))
 
 
 def stacked(dataset: torch.utils.data.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """All of a data set as one batch."""
-    return next(iter(torch.utils.data.DataLoader(dataset, batch_size=10_000)))
+    return next(iter(in_order(dataset, 10_000)))

@@ -8,7 +8,7 @@ from base_models import MODELS, build_model, draw_parameters
 from torch import nn
 from wide_resnet import WideResNet
 
-SHAPES = {"logistic": (1, 28, 28), "mlp": (1, 28, 28), "lenet5": (1, 28, 28)}
+SHAPES = dict.fromkeys(("logistic", "mlp", "lenet5", "lenet5_unpadded", "lenet5_relu"), (1, 28, 28))
 IMAGE_32 = (3, 32, 32)
 
 
@@ -50,6 +50,7 @@ def test_narrow_wide_resnet_takes_a_training_step(depth: int) -> None:
         ("logistic", (1, 28, 28), 10, 784 * 10 + 10),
         ("mlp", (10,), 1, 11 * 1000 + 1001 * 1000 + 1001),
         ("lenet5", (1, 28, 28), 10, 61_706),  # LeCun et al. (1998), with every map of C3 connected
+        ("lenet5_unpadded", (1, 28, 28), 10, 61_706 - 120 * 16 * (5 * 5 - 4 * 4)),
         ("vgg16", IMAGE_32, 10, 14_728_266),  # 14,714,688 of the published features, BatchNorm, one linear layer
         # 1,369,738 of Springenberg et al. (2014), 1,258 biases exchanged for two BatchNorm parameters a channel
         ("allcnnc", IMAGE_32, 10, 1_369_738 + 1_258),
@@ -79,7 +80,7 @@ def test_stem_keeps_the_resolution(name: str) -> None:
     assert sizes == [torch.Size([32, 32])]
 
 
-@pytest.mark.parametrize("name", ["lenet5", "allcnnc", "squeezenet", "vit_small"])
+@pytest.mark.parametrize("name", ["lenet5", "allcnnc", "squeezenet", "wrn16_8", "vit_small"])
 def test_a_draw_reaches_every_parameter_and_repeats_by_seed(name: str) -> None:
     """Spoil all parameters; a draw must restore exactly what building under the same seed gives."""
     inputs = SHAPES.get(name, IMAGE_32)
@@ -88,27 +89,61 @@ def test_a_draw_reaches_every_parameter_and_repeats_by_seed(name: str) -> None:
         for parameter in model.parameters():
             parameter.fill_(123.0)
     torch.manual_seed(3)
-    draw_parameters(model)
+    draw_parameters(model, MODELS[name].draw)
     drawn = {key: value.clone() for key, value in model.named_parameters()}
     for key, value in drawn.items():
         assert not (value == 123.0).any(), key
     torch.manual_seed(3)
-    draw_parameters(model)
+    draw_parameters(model, MODELS[name].draw)
     assert all(torch.equal(drawn[key], value) for key, value in model.named_parameters())
     torch.manual_seed(4)
-    draw_parameters(model)
+    draw_parameters(model, MODELS[name].draw)
     assert any(not torch.equal(drawn[key], value) for key, value in model.named_parameters())
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("wrn28_10",)])
 def test_signal_reaches_the_output_of_a_fresh_draw(name: str) -> None:
-    """Different inputs give visibly different predictions, also under torch's default initialisation."""
+    """Different inputs give visibly different predictions."""
     torch.manual_seed(0)
     inputs = SHAPES.get(name, IMAGE_32)
     model = build_model(name, inputs, 10)
     with torch.no_grad():
         predictions = model(torch.randn(8, *inputs))
     assert predictions.std(dim=0).mean() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "deviation"),
+    [
+        ("logistic", nn.Linear, (2 / (784 + 10)) ** 0.5),  # Glorot & Bengio (2010): variance 2 / (in + out)
+        ("lenet5", nn.Conv2d, (2 / (25 + 6 * 25)) ** 0.5),
+        ("mlp", nn.Linear, (1 / 784) ** 0.5),  # LeCun et al. (1998): variance 1 / in
+        ("allcnnc", nn.Conv2d, (2 / (3 * 9)) ** 0.5),  # He et al. (2015): variance 2 / in
+        ("wrn16_8", nn.Conv2d, (2 / (16 * 9)) ** 0.5),  # Zagoruyko & Komodakis (2016): variance 2 / (k² out)
+    ],
+)
+def test_the_first_layer_is_drawn_as_published(name: str, layer: type[nn.Module], deviation: float) -> None:
+    torch.manual_seed(0)
+    model = build_model(name, SHAPES.get(name, IMAGE_32), 10)
+    weight = next(module.weight for module in model.modules() if isinstance(module, layer))
+    assert weight.std().item() == pytest.approx(deviation, rel=0.1)
+    assert all((m.bias == 0).all() for m in model.modules() if isinstance(m, nn.Linear))
+
+
+@pytest.mark.parametrize(
+    ("draw", "variance"),
+    [("lecun", 1 / 10), ("xavier", 2 / 1010), ("kaiming", 2 / 10), ("torch", 1 / 30)],
+)
+def test_other_draws_are_at_hand(draw: str, variance: float) -> None:
+    torch.manual_seed(0)
+    layer = build_model("mlp", (10,), 1, draw)[1]
+    assert layer.weight.var().item() == pytest.approx(variance, rel=0.05)
+    assert layer.bias.any().item() is (draw == "torch")
+
+
+def test_an_unknown_draw_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`draw` must be one of 'lecun', .*; got 'zeros'"):
+        build_model("mlp", (10,), 1, "zeros")
 
 
 def test_allcnnc_has_batch_norm_after_every_convolution() -> None:

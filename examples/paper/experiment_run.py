@@ -14,15 +14,23 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from base_models import build_model
-from experiment_methods import TUNING_GRID, find_method
-from tasks import Loaders, Task, load_task, loaders
+from base_models import MODELS, build_model, draw_parameters
+from experiment_methods import find_method, implied_rate, learned_values, offline_steps
+from in_memory import InMemory
+from tasks import Loaders, Task, in_order, load_task, loaders
 from torch import Tensor
+from torch.utils.data import Subset
 
-from lightning_adalfl import AdaLFLMixin, LossShapeLogger
+from lightning_adalfl import AdaLFLMixin
 
 Record = dict[str, Any]
 CURVE_POINTS = 20
+EARLY_POINTS = (1, 10, 30, 100, 300)
+RATE_POINTS = 200
+LOSS_POINTS = 8
+TRAINING_ROWS = 2_000  # that the training error is measured on
+LOSSES_KEPT = 2  # seeds whose learned losses are kept
+RUN_AWAY = 100.0  # a mean squared error of targets in [0, 1] from which no run comes back
 AUGMENTED = ("cifar10", "cifar100", "svhn")
 
 
@@ -39,6 +47,7 @@ class Job:
         data: The folder of the data sets.
         init_steps: Of the offline phase; by default the method's own.
         batch_size: Instances in a batch.
+        accelerator: Lightning's name of the device.
     """
 
     task: str
@@ -49,6 +58,7 @@ class Job:
     data: str = "data"
     init_steps: int | None = None
     batch_size: int = 128
+    accelerator: str = "cpu"
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -63,11 +73,13 @@ class BaseLearner(L.LightningModule):
         task: The learning task.
         model: A key of `base_models.MODELS`.
         rate: α as a function of the number of base steps taken.
+        draw: The first draw of θ, a key of `base_models.DRAWS`; by default the model's own.
     """
 
-    def __init__(self, task: Task, model: str, rate: Callable[[int], float]) -> None:
+    def __init__(self, task: Task, model: str, rate: Callable[[int], float], draw: str | None = None) -> None:
         super().__init__()
-        self.model = build_model(model, task.inputs, task.outputs)
+        self.draw = draw or MODELS[model].draw
+        self.model = build_model(model, task.inputs, task.outputs, self.draw)
         self.loss = F.cross_entropy if task.kind == "multiclass" else F.mse_loss
         self.rate = rate
         self.augmented = task.name in AUGMENTED
@@ -92,38 +104,86 @@ class BaseLearner(L.LightningModule):
 class AdaptiveLearner(AdaLFLMixin, BaseLearner):
     """The same with a loss that learns."""
 
+    def adalfl_reset_parameters(self) -> None:
+        """Draw θ for the offline phase as it is drawn for training."""
+        draw_parameters(self.model, self.draw)
+
 
 class Recorder(L.Callback):
-    """Keeps the errors on validation and test data, and the implied learning rate, at evenly spaced steps.
+    """Keeps errors, the implied learning rate and the learned loss at a few steps; ends a run that has run away.
 
     Seconds are those of this process alone, which has one thread: what else the machine does is not counted.
+
+    Args:
+        task: The learning task.
+        data: Its loaders.
+        steps: Base steps of the run.
+        keep_losses: Whether the learned loss is kept.
+
+    Attributes:
+        curve: Columns of one length: steps, seconds, errors on training, validation and test data, implied rate.
+        rates: The implied learning rate at more steps, for the control that follows it.
+        losses: ℓ_φ on a grid.
     """
 
-    def __init__(self, task: Task, data: Loaders, steps: int) -> None:
-        self.task, self.data = task, data
+    def __init__(self, task: Task, data: Loaders, steps: int, keep_losses: bool) -> None:
+        self.kind, self.steps = task.kind, steps
         self.every = max(1, steps // CURVE_POINTS)
-        self.curve: list[dict[str, float | None]] = []
+        self.rate_every = max(1, steps // RATE_POINTS)
+        self.loss_every = max(1, steps // LOSS_POINTS)
+        size = 1_000 if isinstance(task.train, InMemory) else data.train.batch_size or 1
+        rows = Subset(task.train, range(min(TRAINING_ROWS, len(task.train))))  # type: ignore[arg-type]
+        # A subset of InMemory gives whole batches too.
+        train = InMemory(*rows.__getitems__(list(rows.indices))) if isinstance(task.train, InMemory) else rows
+        self.parts = {
+            name: in_order(part, size) for name, part in (("train", train), ("val", task.val), ("test", task.test))
+        }
+        self.curve: dict[str, list[Any]] = {
+            name: [] for name in ("step", "seconds", "train", "val", "test", "implied_lr")
+        }
+        self.rates: dict[str, list[Any]] = {"step": [], "implied_lr": []}
+        targets, grid = ([0.0, 0.5, 1.0], (-0.5, 1.5)) if self.kind == "regression" else ([0.0, 1.0], (0.0, 1.0))
+        self.grid = {"target": targets, "prediction": torch.linspace(*grid, 31).tolist()}
+        self.losses: dict[str, list[Any]] | None = {"step": [], "value": []} if keep_losses else None
         self.seconds = 0.0
         self.started = time.process_time()
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the loss that training begins with."""
+        self._keep_loss(pl_module, 0)
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look, where it is time to."""
-        step = trainer.global_step
-        if step % self.every and step != trainer.max_steps:
-            return
+        step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         start = time.process_time()
-        scalars = pl_module.adalfl.scalars if isinstance(pl_module, AdaLFLMixin) else {}
-        rate = scalars.get("adalfl/implied_lr", trainer.optimizers[0].param_groups[0]["lr"])
-        self.curve.append(
-            {
-                "step": step,
-                "seconds": round(start - self.started - self.seconds, 2),
-                "val": number(error(pl_module, self.data.val, self.task.kind)),
-                "test": number(error(pl_module, self.data.test, self.task.kind)),
-                "implied_lr": number(float(rate)),
-            }
-        )
+        is_adaptive = isinstance(pl_module, AdaLFLMixin)
+        rate = implied_rate(pl_module) if is_adaptive else trainer.optimizers[0].param_groups[0]["lr"]
+        if is_adaptive and rate is not None and (step % self.rate_every == 0 or step in EARLY_POINTS):
+            self.rates["step"].append(step)
+            self.rates["implied_lr"].append(number(rate))
+        if step % self.loss_every == 0 or last:
+            self._keep_loss(pl_module, step)
+        if step % self.every == 0 or step in EARLY_POINTS or last:
+            point = {name: number(error(pl_module, part, self.kind)) for name, part in self.parts.items()}
+            point |= {"step": step, "seconds": number(start - self.started - self.seconds)}
+            point["implied_lr"] = None if rate is None else number(rate)
+            for name, value in point.items():
+                self.curve[name].append(value)
+            if any(point[name] is None or point[name] > RUN_AWAY for name in ("train", "test")):
+                trainer.should_stop = True
         self.seconds += time.process_time() - start  # looking is no part of learning
+
+    def _keep_loss(self, pl_module: L.LightningModule, step: int) -> None:
+        if self.losses is not None and isinstance(pl_module, AdaLFLMixin):
+            values = learned_values(pl_module, self.grid["target"], self.grid["prediction"])
+            if values is not None:
+                self.losses["step"].append(step)
+                self.losses["value"].append([[number(value) for value in row] for row in values])
+
+    @property
+    def ran_away(self) -> bool:
+        """Whether the run was ended because its errors had no bound."""
+        return self.curve["step"][-1] != self.steps or self.curve["test"][-1] is None
 
 
 def paper_learning_rate(kind: str) -> float:
@@ -132,8 +192,8 @@ def paper_learning_rate(kind: str) -> float:
 
 
 def number(value: float) -> float | None:
-    """Return the value, or ``None``, which JSON can hold, where the run diverged."""
-    return value if math.isfinite(value) else None
+    """Return the value to five digits, or ``None``, which JSON can hold, where the run diverged."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 @torch.no_grad()
@@ -156,16 +216,13 @@ def error(module: L.LightningModule, data: Any, kind: str) -> float:
     return total / count
 
 
-def run(job: Job, rate: Callable[[int], float] | None = None, snapshots: Path | None = None) -> Record:
+def run(job: Job, rate: Callable[[int], float] | None = None) -> Record:
     """Train once and return its record; a run that diverges has a test error of ``None``.
 
     Args:
-        job: What to run; ``"baseline_tuned"`` tries every rate of the grid, ``"baseline_matched"`` needs ``rate``.
+        job: What to run; ``"baseline_matched"`` needs ``rate``.
         rate: Replaces the paper's learning rate.
-        snapshots: A folder for snapshots of the learned loss; by default none are taken.
     """
-    if job.method == "baseline_tuned":
-        return _tuned(job)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     task = load_task(job.task, Path(job.data), job.seed)
     data = loaders(task, job.batch_size, job.seed)
@@ -173,25 +230,24 @@ def run(job: Job, rate: Callable[[int], float] | None = None, snapshots: Path | 
     alpha = method.rate_factor * paper_learning_rate(task.kind)
     rate = rate or (lambda step: alpha)
     torch.manual_seed(job.seed)  # the base model is drawn first, so every method begins with the same one
-    recorder = Recorder(task, data, job.steps)
+    recorder = Recorder(task, data, job.steps, job.seed < LOSSES_KEPT)
     callbacks: list[L.Callback] = [recorder]
-    if method.recipe == "handcrafted":
-        module: L.LightningModule = BaseLearner(task, job.model, rate)
-    else:
+    if method.learns:
         config, init = method.build(task.kind, job.init_steps)
-        module = AdaptiveLearner(task, job.model, rate, adalfl=config)
+        module: BaseLearner = AdaptiveLearner(task, job.model, rate, method.draw, adalfl=config)
         callbacks += [init] if init else []
-        callbacks += [LossShapeLogger(max(1, job.steps // CURVE_POINTS))] if snapshots and config.learns_loss else []
+    else:
+        module = BaseLearner(task, job.model, rate, method.draw)
     recorder.started = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few workers, and of hypergradients that are not finite: the record tells
         trainer = L.Trainer(
             max_steps=job.steps,
             callbacks=callbacks,
-            default_root_dir=snapshots,
-            accelerator="cpu",
+            accelerator=job.accelerator,
+            devices=1,
             limit_val_batches=0,
-            log_every_n_steps=recorder.every,
+            log_every_n_steps=min(10, recorder.rate_every),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -201,16 +257,21 @@ def run(job: Job, rate: Callable[[int], float] | None = None, snapshots: Path | 
     seconds = time.process_time() - recorder.started - recorder.seconds
     record: Record = {
         **{name: getattr(job, name) for name in ("task", "model", "method", "seed", "steps")},
-        "test": recorder.curve[-1]["test"],
+        "test": None if recorder.ran_away else recorder.curve["test"][-1],
         "seconds": round(seconds, 2),
         "curve": recorder.curve,
     }
-    return record if init is None else {**record, "init_steps": init.steps}
+    if method.learns:
+        record |= {"init_steps": offline_steps(init), "rates": recorder.rates}
+    if recorder.losses and recorder.losses["step"]:
+        record["losses"] = {**recorder.grid, **recorder.losses}
+    return record
 
 
 def matched_rate(record: Record) -> Callable[[int], float]:
     """Return the implied learning rate of a recorded run as a schedule, linear between the recorded steps."""
-    points = [(p["step"], p["implied_lr"]) for p in record["curve"] if p["implied_lr"] is not None]
+    steps, rates = record["rates"]["step"], record["rates"]["implied_lr"]
+    points = [(step, rate) for step, rate in zip(steps, rates) if rate is not None]
 
     def rate(step: int) -> float:
         step += 1  # the one about to be taken; records count those that have been
@@ -220,16 +281,3 @@ def matched_rate(record: Record) -> Callable[[int], float]:
         return max(0.0, left if a >= b else left + (right - left) * (step - a) / (b - a))
 
     return rate
-
-
-def _tuned(job: Job) -> Record:
-    """Train with every rate of the grid; keep the run with the least validation error, and the time of all."""
-    plain = Job(**{**vars(job), "method": "baseline"})
-    kind = load_task(job.task, Path(job.data), job.seed).kind
-    runs = []
-    for factor in TUNING_GRID:
-        alpha = factor * paper_learning_rate(kind)
-        runs.append({**run(plain, lambda step, alpha=alpha: alpha), "lr": alpha})
-    last = [r["curve"][-1]["val"] for r in runs]
-    best = min(range(len(runs)), key=lambda i: math.inf if last[i] is None else last[i])
-    return {**runs[best], "method": job.method, "seconds": round(sum(r["seconds"] for r in runs), 2)}

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import datasets_images as images
 import datasets_tabular as tabular
 import torch
+from in_memory import InMemory, whole_batch
 from torch.utils.data import DataLoader, Dataset
 
 Kind = Literal["multiclass", "regression"]
@@ -56,7 +57,9 @@ class _Source(NamedTuple):
 
 
 TASKS: Mapping[str, _Source] = {
-    "crime": _Source("regression", 1, tabular.crime, "OpenML's cache `openml/`"),
+    "crime": _Source(
+        "regression", 1, tabular.crime, "`communities.csv`, a table with a header; or OpenML's cache `openml/`"
+    ),
     "diabetes": _Source("regression", 1, tabular.diabetes, "scikit-learn itself"),
     "california": _Source("regression", 1, tabular.california, "scikit-learn's cache file `cal_housing_py3.pkz`"),
     "mnist": _Source("multiclass", 10, images.mnist, "the four idx files, plain or .gz, in `MNIST/raw/`"),
@@ -119,7 +122,13 @@ def loaders(task: Task, batch_size: int = 128, seed: int = 0) -> Loaders:
     """
     order = torch.Generator().manual_seed(seed)
     return Loaders(
-        DataLoader(task.train, batch_size, shuffle=True, generator=order),
-        DataLoader(task.val, batch_size),
-        DataLoader(task.test, batch_size),
+        in_order(task.train, batch_size, shuffle=True, generator=order),
+        in_order(task.val, batch_size),
+        in_order(task.test, batch_size),
     )
+
+
+def in_order(dataset: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
+    """Return a loader, which collates only what needs it; in order unless the `options` of DataLoader say otherwise."""
+    collate = {"collate_fn": whole_batch} if isinstance(dataset, InMemory) else {}
+    return DataLoader(dataset, batch_size, **collate, **options)
