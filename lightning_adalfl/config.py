@@ -102,9 +102,7 @@ class AdaLFLConfig:
         if isinstance(self.hypergradient, str):
             one_of("hypergradient", self.hypergradient, WAYS)
         elif not callable(self.hypergradient):
-            raise TypeError(
-                f"`hypergradient` must be one of {WAYS} or a JacobianProduct; got {self.hypergradient!r}."
-            )
+            raise TypeError(f"`hypergradient` must be one of {WAYS} or a JacobianProduct; got {self.hypergradient!r}.")
         if isinstance(self.task_loss, str) and self.task_loss not in TASK_LOSSES:
             object.__setattr__(self, "task_loss", _imported(self.task_loss))
         elif not isinstance(self.task_loss, str) and not callable(self.task_loss):

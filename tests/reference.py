@@ -23,8 +23,8 @@ from torch.optim import SGD, Adam, Optimizer
 from lightning_adalfl.learning import BaseStep, Hypergradient, JacobianProduct, hypergradient
 from lightning_adalfl.learning.recorded_forward import RandomState, RecordedForward
 from lightning_adalfl.losses import LearnedLoss, LossNetwork
-from lightning_adalfl.losses.tasks import task_named
-from lightning_adalfl.losses.training_objective import BentLoss, LearnedAlone, OwnLoss, Predicted, TrainingObjective
+from lightning_adalfl.losses.predicted import Predicted
+from lightning_adalfl.losses.training_objective import BentLoss, LearnedAlone, OwnLoss, TrainingObjective
 
 METHODS = ("forward", "finite_difference", "reverse")
 OBJECTIVES = ("bent", "cut", "alone", "own")
@@ -281,10 +281,9 @@ class Problem:
 
     @property
     def trained(self) -> TrainingObjective:
-        task = task_named("multiclass")
         if self.objective == "own":
-            return OwnLoss(task)
-        return LearnedAlone(self.loss, task) if self.objective == "alone" else BentLoss(self.loss, task, False)
+            return OwnLoss()
+        return LearnedAlone(self.loss) if self.objective == "alone" else BentLoss(self.loss)
 
     def recorded(self, method: str | JacobianProduct) -> tuple[nn.Module, list[BaseStep]]:
         """Take the step(s) through the engine, ready for ``hypergradient``."""

@@ -18,7 +18,6 @@ from torchvision import models
 from lightning_adalfl.learning import BaseStep, hypergradient
 from lightning_adalfl.learning.forward_mode import PrimalTape, _RecordPrimals, _ReplayPrimals
 from lightning_adalfl.losses import LossNetwork
-from lightning_adalfl.losses.tasks import task_named
 from lightning_adalfl.losses.training_objective import LearnedAlone
 
 Function = Callable[..., Tensor]
@@ -301,7 +300,7 @@ def meta_step(name: str, method: str, dtype: torch.dtype) -> Tensor:
     """Return the hypergradient of one SGD step."""
     torch.manual_seed(0)
     model = FAMILIES[name]().train().to(dtype)
-    objective = LearnedAlone(LossNetwork("multiclass").to(dtype), task_named("multiclass"))
+    objective = LearnedAlone(LossNetwork("multiclass").to(dtype))
     base, meta = ((torch.randn(4, 3, 64, 64).to(dtype), torch.randint(CLASSES, (4,))) for _ in range(2))
 
     def predict(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -406,7 +406,7 @@ def test_an_inner_loop_needs_the_own_loss_as_a_function() -> None:
     problem = Problem(inner=2)
     _, steps = problem.recorded("forward")
     for step in steps:
-        step.forwards[0].own_loss = None
+        step.forwards[0].gradient = None
     with pytest.raises(ValueError, match="need the own loss as a function; pass `descend` one"):
         hypergradient(steps, problem.task_loss, problem.meta_batch)
 

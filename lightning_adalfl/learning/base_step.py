@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from lightning_adalfl.learning.jvp import DoubleBackward, FiniteDifference, Jaco
 from lightning_adalfl.learning.optimizer_vjp import Clipping, OptimizerVJP, optimizer_vjp
 from lightning_adalfl.learning.recorded_forward import Model, Predict, RecordedForward
 from lightning_adalfl.learning.shadow_optimizer import steps_as_torch
-from lightning_adalfl.losses.training_objective import BatchLoss, Descent, Predicted, TrainingObjective
+from lightning_adalfl.losses.descent import Descent
+from lightning_adalfl.losses.predicted import Predicted
+from lightning_adalfl.losses.training_objective import BatchLoss, TrainingObjective
 
 WAYS: dict[str, Callable[[], JacobianProduct]] = {
     "forward": ForwardMode,
@@ -33,13 +36,13 @@ class BaseForward:
         recorded: What is needed to evaluate it again, or ``None`` where no hypergradient is wanted.
         predicted: Its predictions.
         descent: What its backward descends, once that is known.
-        own_loss: L_u as a function of the predictions, where it was given as one.
+        gradient: m as a differentiable function of predictions, target and weight, where L_u was given as a function.
     """
 
     recorded: RecordedForward
     predicted: Predicted
     descent: Descent | None = None
-    own_loss: BatchLoss | None = None
+    gradient: Callable[..., Tensor] | None = None
 
 
 class BaseStep:
@@ -131,7 +134,7 @@ class BaseStep:
         last = self.forwards[-1]
         predicted = last.predicted
         if not isinstance(own_loss, Tensor):
-            last.own_loss = own_loss
+            last.gradient = partial(objective.gradient, own_loss)
             weight = [] if predicted.weight is None else [predicted.weight]
             own_loss = own_loss(predicted.outputs[0], predicted.target, *weight)
         last.descent = objective.descend(own_loss, predicted)

@@ -14,7 +14,8 @@ from torch.optim import SGD
 from lightning_adalfl.learning.base_step import BaseForward, BaseStep
 from lightning_adalfl.learning.jvp import run_plain
 from lightning_adalfl.learning.torch_private import checkpoints_not_reentrant, dot
-from lightning_adalfl.losses.training_objective import BatchLoss, Descent, TrainingObjective
+from lightning_adalfl.losses.descent import Descent
+from lightning_adalfl.losses.training_objective import BatchLoss
 
 AllReduce = Callable[[list[Tensor]], None]
 
@@ -31,8 +32,6 @@ class Hypergradient:
         task_loss: L_T on the meta batch at θ_{t+1}, a scalar.
         along: The derivative of L_T at θ_{t+1} along the direction that was given, a scalar; ``None`` without one.
         evidence: ``⟨τ, h⟩ - ⟨m, h⟩``: to first order, how much lower L_T is than with the user's loss, a scalar.
-        influence: For each forward of the base step, ``τ_i · h_i`` of its instances, (N,): how L_T answers to a larger
-            weight of instance i; positive hurts.
     """
 
     loss: dict[str, Tensor]
@@ -40,8 +39,20 @@ class Hypergradient:
     task_loss: Tensor
     along: Tensor | None = None
     evidence: Tensor | None = None
-    influence: list[Tensor] = field(default_factory=list)
+    # What each forward has descended, the factor with which that is in the step, and h; the last step's come first.
     _parts: list[tuple[Descent, Tensor, list[Tensor]]] = field(default_factory=list, repr=False)
+    _in_last_step: int = field(default=0, repr=False)
+
+    @property
+    def influence(self) -> list[Tensor]:
+        """For each forward of the last base step, ``τ_i · h_i`` of its instances, (N,).
+
+        It says how L_T answers to a larger weight of instance i: positive hurts.
+
+        Raises:
+            ValueError: If the loss is computed from outputs without a row for each instance.
+        """
+        return [descent.influence(h) * factor for descent, factor, h in self._parts[: self._in_last_step]]
 
     def at_present(self) -> dict[str, Tensor]:
         """Return ``∇_φ L_T`` at the φ of this moment, with the same predictions and h; this process' part alone."""
@@ -103,9 +114,14 @@ def hypergradient(
     for step in reversed(chain) if by_forward else ():
         scale, u = step.vjp([vector[i] for i in step.active])
         for forward in step.forwards:
-            _add_part(result, step, forward, scale, u, is_last=step is last)
+            descent, factor = _descended(step, forward, scale)
+            result._parts.append((descent, factor, step.jacobian_times(forward, u)))
         if step is not chain[0]:
             vector = _before(step, vector, scale, u)
+    if by_forward:
+        result._in_last_step = len(last.forwards)
+        parts = result._parts[: result._in_last_step]
+        result.evidence = torch.stack([descent.evidence(h) * factor for descent, factor, h in parts]).sum()
     result.loss = _summed(result._parts)
     if all_reduce is not None:
         scalars = [t for t in (result.log_lr, result.along, result.evidence) if t is not None]
@@ -145,19 +161,6 @@ def _by_log_lr(step: BaseStep, vector: Sequence[Tensor]) -> Tensor:
     return torch.stack(dots)
 
 
-def _add_part(
-    result: Hypergradient, step: BaseStep, forward: BaseForward, scale: float, u: Sequence[Tensor], is_last: bool
-) -> None:
-    """Add what one forward says: ``h = J_t u``, and what follows from it."""
-    descent, factor = _descended(step, forward, scale)
-    h = step.jacobian_times(forward, u)
-    result._parts.append((descent, factor, h))
-    if is_last:
-        result.influence.append(descent.influence(h) * factor)
-        evidence = descent.evidence(h) * factor
-        result.evidence = evidence if result.evidence is None else result.evidence + evidence
-
-
 def _summed(parts: Sequence[tuple[Descent, Tensor, list[Tensor]]]) -> dict[str, Tensor]:
     """Return ``Σ ∂/∂φ ⟨m(φ), h⟩``."""
     total: dict[str, Tensor] = {}
@@ -175,23 +178,23 @@ def _before(step: BaseStep, vector: Sequence[Tensor], scale: float, u: Sequence[
     """
     result = list(vector)
     for forward in step.forwards:
-        descent, factor = _descended(step, forward, scale)
-        for i, part in zip(step.active, _curvature_times(step, forward, descent, u)):
+        _, factor = _descended(step, forward, scale)
+        for i, part in zip(step.active, _curvature_times(step, forward, u)):
             result[i] = result[i] + part * factor.to(part)
     return result
 
 
-def _curvature_times(step: BaseStep, forward: BaseForward, descent: Descent, u: Sequence[Tensor]) -> list[Tensor]:
+def _curvature_times(step: BaseStep, forward: BaseForward, u: Sequence[Tensor]) -> list[Tensor]:
     """Return ``(∂g/∂θ)ᵀ u`` of the gradient g that one forward has given, over the active parameters."""
-    own_loss, recorded = forward.own_loss, forward.recorded
-    if own_loss is None:
+    slope, recorded = forward.gradient, forward.recorded
+    if slope is None:
         raise ValueError("the steps of an inner loop need the own loss as a function; pass `descend` one.")
     values = {i: p.detach().requires_grad_() for i, p in step.values_before().items()}
     theta = list(values.values())
 
     def of_outputs(outputs: list[Tensor]) -> list[Tensor]:
         (f,) = outputs
-        m = descent.objective.gradient(own_loss, f, recorded.target, recorded.weight)
+        m = slope(f, recorded.target, recorded.weight)
         gradients = torch.autograd.grad(f, theta, m, create_graph=True, allow_unused=True)
         pairs = [(g, t) for g, t in zip(gradients, u) if g is not None and g.requires_grad]
         if not pairs:

@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_adalfl.learning.recorded_forward import Model, RecordedForward, Using
 from lightning_adalfl.learning.torch_private import checkpoints_run_through
 
-
 Then = Callable[[list[Tensor]], list[Tensor]]
 
 

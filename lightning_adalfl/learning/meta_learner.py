@@ -37,7 +37,9 @@ class Scale(Protocol):
 
 
 class MetaLearner:
-    """What is meta-learned, and how; in a loop of one's own it gives what the mixin gives::
+    """What is meta-learned, and how.
+
+    In a loop of one's own it gives what the mixin gives::
 
         learner = MetaLearner(AdaLFLConfig("multiclass"))
         step = learner.new_base_step(model, optimizer)
@@ -79,13 +81,14 @@ class MetaLearner:
             begins_at_zero = config.own_loss and not self.is_initialised and not is_instance
             if begins_at_zero:
                 self.loss.start_at_zero()
+            self.loss.pairing = self.task  # which knows what is to be left out
         self.objective = self._objective(begins_at_zero)
         self.rate = LearnedRate(RATE_HORIZON if config.own_loss else 1) if config.learns_lr else None
         self.base_steps = 0
         self.meta_steps = 0
         self.scalars: dict[str, Tensor] = {}
         self.last_step: Hypergradient | None = None
-        self._unanswered = 0  # base steps since the last meta step
+        self._answered = 0  # base steps, counted up to the last one that a meta step followed
         self._skipped = torch.zeros(())
         self._has_warned = False
         self.start()
@@ -93,7 +96,7 @@ class MetaLearner:
     def _given_or_fresh(self) -> tuple[LearnedLoss, bool]:
         given, task = self.config.loss, self.config.task
         if isinstance(given, LearnedLoss):
-            return given, False
+            return copy.deepcopy(given), False  # the configuration's may serve another learner
         path = os.fspath(given)
         if "." not in os.path.basename(path):
             return LearnedLoss.named(path, task), False
@@ -183,7 +186,6 @@ class MetaLearner:
 
     def count_base_step(self, parameters: Sequence[Tensor]) -> None:
         """Count a base step, whose meta step, if one was due, has been taken; ``parameters`` are θ after it."""
-        self._unanswered += 1
         self.base_steps += 1
         if self.rate is not None:
             self.rate.add(parameters, self.base_steps)
@@ -224,10 +226,10 @@ class MetaLearner:
                 break
         self._note(found, last)
         if self.learned:
-            self._move(found, max(1, self._unanswered + 1), all_reduce)
+            self._move(found, max(1, self.base_steps + 1 - self._answered), all_reduce)
         if self.rate is not None:
             self.scalars["adalfl/lr_scale"] = self.rate.log_scale.detach().exp()
-        self._unanswered = -1  # the step under way is counted when it ends
+        self._answered = self.base_steps + 1  # the step under way is counted when it ends
         self.meta_steps += 1
         self.last_step = found
         return found
@@ -269,7 +271,7 @@ class MetaLearner:
             (id(p), key): value
             for p, state in self._optimizer.state.items()
             for key, value in state.items()
-            if isinstance(value, Tensor) and value.device == device and value.is_floating_point() and value.ndim
+            if isinstance(value, Tensor) and value.device == device and value.is_floating_point()
         }
 
     def _note(self, found: Hypergradient, step: BaseStep) -> None:
@@ -288,8 +290,8 @@ class MetaLearner:
         if not self._has_warned and int(self._skipped):
             self._has_warned = True
             warnings.warn(
-                f"A meta step before base step {self.base_steps} was left out, since the hypergradient or the task loss "
-                "on the meta batch was not finite. Look for such values in the data, lower the base learning rate, or "
+                f"A meta step before base step {self.base_steps} was left out, since the hypergradient or the task "
+                "loss on the meta batch was not finite. Look for such values in the data, lower the base learning rate, or "
                 "clip the gradient. Further ones are counted in `adalfl/skipped_meta_steps`.",
                 stacklevel=2,
             )
@@ -322,7 +324,7 @@ class MetaLearner:
         """Take over what an offline phase has learned: training begins with fresh moments, and counts from zero."""
         self.start()
         self.is_initialised = True
-        self.meta_steps = 0
+        self.meta_steps = self._answered = 0
         self.scalars = {}
 
     @torch.no_grad()
@@ -356,7 +358,7 @@ class MetaLearner:
             "meta_optimizer": self._optimizer.state_dict(),
             "base_steps": self.base_steps,
             "meta_steps": self.meta_steps,
-            "unanswered": self._unanswered,
+            "answered": self._answered,
             "skipped_meta_steps": int(self._skipped),
             "is_initialised": self.is_initialised,
         }
@@ -365,8 +367,8 @@ class MetaLearner:
         """Take over what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the state is damaged, of another version, or of another kind of learned loss; nothing of it is
-                taken over then.
+            ValueError: If the state is damaged, of another version, or of another kind of learned loss; nothing of it
+                is taken over then.
         """
         _check_state(state)
         before = copy.deepcopy(self.state_dict())
@@ -396,7 +398,7 @@ class MetaLearner:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"the checkpoint's meta optimizer does not fit this learner: {error}") from error
         self.base_steps, self.meta_steps = state["base_steps"], state["meta_steps"]
-        self._unanswered = state["unanswered"]
+        self._answered = state["answered"]
         self._skipped = torch.tensor(float(state["skipped_meta_steps"]))
         self.is_initialised = state["is_initialised"]
 
@@ -420,10 +422,10 @@ class MetaLearner:
 
 
 _UNREADABLE = (
-    "the checkpoint's entry 'adalfl' cannot be read: it is damaged or of another version of lightning_adalfl. Take another "
-    "checkpoint, or delete the entry to train with a new learned loss."
+    "the checkpoint's entry 'adalfl' cannot be read: it is damaged or of another version of lightning_adalfl. Take "
+    "another checkpoint, or delete the entry to train with a new learned loss."
 )
-_COUNTS = ("base_steps", "meta_steps", "unanswered", "skipped_meta_steps")
+_COUNTS = ("base_steps", "meta_steps", "answered", "skipped_meta_steps")
 
 
 def _check_state(state: Any) -> None:

@@ -117,7 +117,9 @@ class _Adam(OptimizerVJP):
                 chosen = list(same)
                 at = [place[id(p)] for p in chosen]
                 result.update(
-                    zip(at, self._times(group, step, chosen, *([t[k] for k in at] for t in (before, gradients, vector))))
+                    zip(
+                        at, self._times(group, step, chosen, *([t[k] for k in at] for t in (before, gradients, vector)))
+                    )
                 )
         return 1.0, [result[k] for k in range(len(active))]
 

@@ -32,7 +32,7 @@ _OPAQUE = {
 
 
 def check_optimizer(optimizer: Optimizer, is_exact: bool) -> None:
-    """Raise an :class:`OptimizerError` if nothing sees through ``optimizer``, or no exact way where one is asked for."""
+    """Raise an :class:`OptimizerError` if nothing sees through ``optimizer``, or no exact way where that is wanted."""
     name = type(optimizer).__name__
     for base in type(optimizer).__mro__:
         if base.__module__.startswith("torch.optim") and base.__name__ in _OPAQUE:

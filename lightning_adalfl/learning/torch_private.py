@@ -124,7 +124,7 @@ def checkpoints_not_reentrant() -> Iterator[None]:
 @contextmanager
 def _checkpoints(apply: Callable[..., Any]) -> Iterator[None]:
     function = torch.utils.checkpoint.CheckpointFunction
-    function.apply = apply  # type: ignore[method-assign]
+    function.apply = apply
     try:
         yield
     finally:
@@ -133,10 +133,12 @@ def _checkpoints(apply: Callable[..., Any]) -> Iterator[None]:
 
 def leaves_of_graph(tensor: Tensor) -> list[Tensor]:
     """Return the leaves that a tensor's graph leads to."""
-    found, seen, waiting = [], set(), [tensor.grad_fn] if tensor.grad_fn is not None else []
+    found: list[Tensor] = []
+    seen: set[Any] = {None}
+    waiting: list[Any] = [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -113,11 +114,10 @@ class LossNetwork(LearnedLoss):
         self.weight_init = one_of("weight_init", weight_init, WEIGHT_INITS)
         self.sees_classes = sees_classes
         widths = (2 + 2 * EMBEDDING * sees_classes, *hidden, 1)
-        self.linear = nn.ModuleList(nn.Linear(*fans, bias=bias) for fans in zip(widths, widths[1:]))
+        self.linear = nn.ModuleList(nn.Linear(*fans, bias=bias) for fans in itertools.pairwise(widths))
         self.between = ACTIVATIONS[activation]()
-        self.last = nn.Identity()
-        if output_activation is not None:
-            self.last = ACTIVATIONS[one_of("output_activation", output_activation, ACTIVATIONS)]()
+        one_of("output_activation", output_activation or activation, ACTIVATIONS)
+        self.last = nn.Identity() if output_activation is None else ACTIVATIONS[output_activation]()
         if sees_classes:
             self.label_embedding = nn.Parameter(torch.zeros(MAX_CLASSES, EMBEDDING))
             self.output_embedding = nn.Parameter(torch.zeros(MAX_CLASSES, EMBEDDING))

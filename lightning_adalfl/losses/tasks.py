@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
@@ -55,7 +56,7 @@ class Task(ABC):
         Args:
             predictions: Raw model output: logits or values.
             target: Targets.
-            weight: Weights or a mask, of the shape of ``target``.
+            weight: Weights or a mask, one for each target or class index.
 
         Raises:
             ValueError: If a dtype or a shape does not fit the task.
@@ -72,23 +73,39 @@ class Task(ABC):
     def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the handcrafted loss of each pair, element-wise."""
 
-    @abstractmethod
     def loss(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the handcrafted loss of a batch, a weighted mean."""
+        """Return the handcrafted loss of a batch, a weighted mean; the arguments are those of :meth:`pairs`."""
+        target, counts = self._prepared(predictions, target, weight)
+        return (self._losses(predictions, target) * counts).sum()
 
-    @abstractmethod
     def bounded_loss(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return a loss that no single instance can rule; for regression the handcrafted one."""
+        """Return a loss that no single instance can rule: for classification the generalised cross-entropy."""
+        target, counts = self._prepared(predictions, target, weight)
+        return (self._bounded_losses(predictions, target) * counts).sum()
 
     def check_values(self, predictions: Tensor, target: Tensor) -> None:
         """Raise a ``ValueError`` for targets out of range; it reads them, which on an accelerator waits for them."""
-        paired = self.pairs(predictions, target)
-        if not torch.isfinite(paired.prediction).all() or not torch.isfinite(paired.target).all():
+        prepared, _ = self._prepared(predictions, target, None)
+        if not torch.isfinite(predictions).all() or not torch.isfinite(prepared).all():
             return  # what is to become of such a batch is the user's own business, as without a learned loss
-        self._check_range(predictions, target)
+        low, high, meaning = self._range(predictions, prepared)
+        smallest, largest = (bound.item() for bound in torch.aminmax(prepared))
+        if smallest < low or largest > high:
+            raise ValueError(f"`target` must hold {meaning}; got values from {smallest} to {largest}.")
 
-    def _check_range(self, predictions: Tensor, target: Tensor) -> None:
-        """Raise for targets out of range; any value is in it unless a task says otherwise."""
+    @abstractmethod
+    def _prepared(self, predictions: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the checked target, class indices or in the predictions' dtype, and what each element counts."""
+
+    @abstractmethod
+    def _losses(self, predictions: Tensor, target: Tensor) -> Tensor:
+        """Return the handcrafted loss of each element."""
+
+    def _bounded_losses(self, predictions: Tensor, target: Tensor) -> Tensor:
+        return self._losses(predictions, target)
+
+    def _range(self, predictions: Tensor, target: Tensor) -> tuple[float, float, str]:
+        return -math.inf, math.inf, "numbers"
 
 
 class Multiclass(Task):
@@ -99,13 +116,11 @@ class Multiclass(Task):
 
     def pairs(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Pairs:
         """Return softmax probabilities and one-hot targets; the mean is over instances, the sum over classes."""
-        self._check_shapes(predictions, target)
-        weight = self._weight(predictions, target, weight)
-        if target.is_floating_point():
-            return Pairs(predictions.softmax(1), target.to(predictions.dtype), weight.unsqueeze(1), False)
-        labels = self._labels(target).unsqueeze(1)
-        indicators = torch.zeros_like(predictions).scatter_(1, labels, 1.0)
-        return Pairs(predictions.softmax(1), indicators, weight.unsqueeze(1), True)
+        paired, counts = self._prepared(predictions, target, weight)
+        is_binary = not paired.is_floating_point()
+        if is_binary:
+            paired = torch.zeros_like(predictions).scatter_(1, paired.unsqueeze(1), 1.0)
+        return Pairs(predictions.softmax(1), paired, counts.unsqueeze(1), is_binary)
 
     def link_vjp(self, prediction: Tensor, gradient: Tensor) -> Tensor:
         """Return it through the softmax."""
@@ -116,72 +131,52 @@ class Multiclass(Task):
         """Return ``-y log f``."""
         return -target * _log(prediction)
 
-    def loss(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the cross-entropy of logits."""
-        self._check_shapes(predictions, target)
-        probability_like = target.is_floating_point()
-        losses = F.cross_entropy(predictions, target if probability_like else self._labels(target), reduction="none")
-        return (losses * self._weight(predictions, target, weight)).sum()
+    def _losses(self, predictions: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(predictions, target, reduction="none")
 
-    def bounded_loss(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the generalised cross-entropy ``(1 - p_y^q) / q`` of logits."""
-        self._check_shapes(predictions, target)
+    def _bounded_losses(self, predictions: Tensor, target: Tensor) -> Tensor:
         losses = _bounded(predictions.log_softmax(1))
         if target.is_floating_point():
-            chosen = (losses * target).sum(1)
-        else:
-            chosen = losses.gather(1, self._labels(target).unsqueeze(1)).squeeze(1)
-        return (chosen * self._weight(predictions, target, weight)).sum()
+            return (losses * target).sum(1)
+        return losses.gather(1, target.unsqueeze(1)).squeeze(1)
 
-    def _check_shapes(self, predictions: Tensor, target: Tensor) -> None:
+    def _prepared(self, predictions: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         _check_kind(predictions, target)
         if predictions.ndim < 2:
             raise ValueError(
                 f"`predictions` must be logits of shape (N, C) or (N, C, d1, ...) for task 'multiclass'; "
                 f"got {tuple(predictions.shape)}. One logit an instance is task 'binary'."
             )
-        expected = (predictions.shape[0], *predictions.shape[2:])
-        if target.is_floating_point():
-            if target.shape != predictions.shape:
-                raise ValueError(
-                    "`target` must hold class indices (an integer dtype), or probabilities of shape "
-                    f"{tuple(predictions.shape)}; got {target.dtype} of shape {tuple(target.shape)}."
-                )
-        elif tuple(target.shape) != expected:
-            raise ValueError(
-                f"`target` must have shape {expected} for logits of shape {tuple(predictions.shape)}; "
-                f"got {tuple(target.shape)}."
-            )
-
-    def _labels(self, target: Tensor) -> Tensor:
-        labels = target.long()
-        return labels if self.ignore_index is None else labels.masked_fill(labels == self.ignore_index, 0)
-
-    def _weight(self, predictions: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        """Return what each instance counts, of the shape of class indices."""
         shape = (predictions.shape[0], *predictions.shape[2:])
-        if weight is not None and tuple(weight.shape) != shape:
-            raise ValueError(f"`weight` must have shape {shape}, one for each instance; got {tuple(weight.shape)}.")
-        if self.ignore_index is not None and not target.is_floating_point():
+        if target.is_floating_point() and target.shape != predictions.shape:
+            raise ValueError(
+                "`target` must hold class indices (an integer dtype), or probabilities of shape "
+                f"{tuple(predictions.shape)}; got {target.dtype} of shape {tuple(target.shape)}."
+            )
+        labels = shape if target.is_floating_point() else tuple(target.shape)
+        for name, found in (("target", labels), ("weight", shape if weight is None else tuple(weight.shape))):
+            if found != shape:
+                raise ValueError(
+                    f"`{name}` must have shape {shape} for logits of shape {tuple(predictions.shape)}; got {found}."
+                )
+        if target.is_floating_point():
+            return target.to(predictions.dtype), _normalised(predictions, weight, shape)
+        if self.ignore_index is not None:
             kept = target != self.ignore_index
             weight = kept if weight is None else kept * weight
-        return _normalised(predictions, weight, shape)
+        return _counted(target, weight).long(), _normalised(predictions, weight, shape)
 
-    def _check_range(self, predictions: Tensor, target: Tensor) -> None:
+    def _range(self, predictions: Tensor, target: Tensor) -> tuple[float, float, str]:
         if target.is_floating_point():
-            _check_bounds(target, 0, 1, "`target` must hold class probabilities")
-        else:
-            classes = predictions.shape[1]
-            _check_bounds(
-                self._labels(target), 0, classes - 1, f"`target` must hold class indices for {classes} classes"
-            )
+            return 0, 1, "class probabilities, in [0, 1]"
+        last = predictions.shape[1] - 1
+        return 0, last, f"class indices for {last + 1} classes, in [0, {last}], or `ignore_index` for no class"
 
 
 class _OneShape(Task):
     """Predictions and targets of one shape."""
 
-    def _paired(self, predictions: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the target in the predictions' dtype, and what each pair counts."""
+    def _prepared(self, predictions: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         _check_kind(predictions, target)
         for name, value in (("target", target), ("weight", weight)):
             if value is not None and predictions.shape != value.shape:
@@ -189,7 +184,7 @@ class _OneShape(Task):
                     f"`{name}` must have the shape of `predictions` for task {self.name!r}, "
                     f"{tuple(predictions.shape)}; got {tuple(value.shape)}. Reshape one of them in `adalfl_predict`."
                 )
-        return target.to(predictions.dtype), _normalised(predictions, weight, tuple(predictions.shape))
+        return _counted(target.to(predictions.dtype), weight), _normalised(predictions, weight, predictions.shape)
 
 
 class _Sigmoid(_OneShape):
@@ -199,7 +194,7 @@ class _Sigmoid(_OneShape):
 
     def pairs(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Pairs:
         """Return sigmoid probabilities and targets."""
-        paired, counts = self._paired(predictions, target, weight)
+        paired, counts = self._prepared(predictions, target, weight)
         return Pairs(predictions.sigmoid(), paired, counts, not target.is_floating_point())
 
     def link_vjp(self, prediction: Tensor, gradient: Tensor) -> Tensor:
@@ -210,20 +205,14 @@ class _Sigmoid(_OneShape):
         """Return ``-y log f - (1 - y) log(1 - f)``."""
         return -target * _log(prediction) - (1 - target) * _log(1 - prediction)
 
-    def loss(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the binary cross-entropy of logits."""
-        paired, counts = self._paired(predictions, target, weight)
-        return (F.binary_cross_entropy_with_logits(predictions, paired, reduction="none") * counts).sum()
+    def _losses(self, predictions: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(predictions, target, reduction="none")
 
-    def bounded_loss(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the generalised cross-entropy of both outcomes."""
-        paired, counts = self._paired(predictions, target, weight)
-        losses = paired * _bounded(F.logsigmoid(predictions)) + (1 - paired) * _bounded(F.logsigmoid(-predictions))
-        return (losses * counts).sum()
+    def _bounded_losses(self, predictions: Tensor, target: Tensor) -> Tensor:
+        return target * _bounded(F.logsigmoid(predictions)) + (1 - target) * _bounded(F.logsigmoid(-predictions))
 
-    def _check_range(self, predictions: Tensor, target: Tensor) -> None:
-        if target.dtype != torch.bool:
-            _check_bounds(target, 0, 1, f"`target` must hold 0/1 labels for task {self.name!r}")
+    def _range(self, predictions: Tensor, target: Tensor) -> tuple[float, float, str]:
+        return 0, 1, f"0/1 labels for task {self.name!r}, in [0, 1]"
 
 
 class Binary(_Sigmoid):
@@ -246,8 +235,7 @@ class Regression(_OneShape):
 
     def pairs(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Pairs:
         """Return them as they are."""
-        paired, counts = self._paired(predictions, target, weight)
-        return Pairs(predictions, paired, counts, False)
+        return Pairs(predictions, *self._prepared(predictions, target, weight), False)
 
     def link_vjp(self, prediction: Tensor, gradient: Tensor) -> Tensor:
         """Return it as it is."""
@@ -257,14 +245,8 @@ class Regression(_OneShape):
         """Return ``(f - y)²``."""
         return (prediction - target).square()
 
-    def loss(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the mean squared error."""
-        paired, counts = self._paired(predictions, target, weight)
-        return ((predictions - paired).square() * counts).sum()
-
-    def bounded_loss(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the mean squared error."""
-        return self.loss(predictions, target, weight)
+    def _losses(self, predictions: Tensor, target: Tensor) -> Tensor:
+        return self.pairwise(predictions, target)
 
 
 _TASKS = {task.name: task for task in (Multiclass, Binary, Multilabel, Regression)}
@@ -286,14 +268,17 @@ def task_named(name: str, ignore_index: int | None = None) -> Task:
 
 
 def _normalised(predictions: Tensor, weight: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """Return weights that sum to one, or to zero where nothing is left."""
+    """Return weights that sum to one, or to zero where nothing is left; never in less than single precision."""
+    dtype = torch.promote_types(predictions.dtype, torch.float32)
     if weight is None:
-        count = 1
-        for size in shape:
-            count *= size
-        return predictions.new_full((1,) * len(shape), 1.0 / count).expand(shape)
-    weight = weight.to(predictions.dtype)
-    return weight / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+        return predictions.new_full((1,) * len(shape), 1.0 / math.prod(shape), dtype=dtype).expand(shape)
+    weight = weight.to(dtype)
+    return weight / weight.sum().clamp_min(torch.finfo(dtype).tiny)
+
+
+def _counted(target: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the targets, with zero for those without weight: these may be no class, or NaN."""
+    return target if weight is None else target.masked_fill(weight == 0, 0)
 
 
 def _log(probability: Tensor) -> Tensor:
@@ -301,7 +286,7 @@ def _log(probability: Tensor) -> Tensor:
 
 
 def _bounded(log_probability: Tensor) -> Tensor:
-    # By `expm1`, since the slope of `1 - p ** q` is NaN once p underflows.
+    """Return ``(1 - p^q) / q``, by `expm1`, since the slope of ``1 - p ** q`` is NaN once p underflows."""
     return torch.expm1(BOUNDED_EXPONENT * log_probability).neg() / BOUNDED_EXPONENT
 
 
@@ -312,9 +297,3 @@ def _check_kind(predictions: Tensor, target: Tensor) -> None:
         raise ValueError(f"`target` must be real; got {target.dtype}. Give its two parts as two outputs.")
     if predictions.numel() == 0:
         raise ValueError(f"`predictions` must hold at least one instance; got shape {tuple(predictions.shape)}.")
-
-
-def _check_bounds(target: Tensor, low: int, high: int, meaning: str) -> None:
-    smallest, largest = (bound.item() for bound in torch.aminmax(target))
-    if not (low <= smallest and largest <= high):
-        raise ValueError(f"{meaning}, in [{low}, {high}]; got values from {smallest} to {largest}.")
