@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_adalfl.checks import one_of
 from lightning_adalfl.files import read_tensors, write_tensors
-from lightning_adalfl.losses.output_gradient import AutogradGradient, OutputGradient
+from lightning_adalfl.losses.output_gradient import AutogradGradient, OutputGradient, in_chunks
 from lightning_adalfl.losses.tasks import task_named
 
 LossT = TypeVar("LossT", bound="LearnedLoss")
@@ -96,8 +96,9 @@ class LearnedLoss(nn.Module, ABC):
             # Checked before the cast, so that an integer prediction is refused and not converted.
             precision = self.dtype if predictions.is_floating_point() else predictions.dtype
             pairs = self.pairing.pairs(predictions.to(precision), target, weight)
-            value = (self.pairwise(pairs.prediction, pairs.target) * pairs.weight).sum()
-            return value / self.outputs(pairs.prediction)
+            chunks = in_chunks(pairs.prediction, pairs.target, pairs.weight)
+            values = [(self.pairwise(f, y) * weight).sum() for f, y, weight in chunks]
+            return torch.stack(values).sum() / self.outputs(pairs.prediction)
 
     def outputs(self, prediction: Tensor) -> float:
         """Return what the sum over an instance's pairs is divided by."""

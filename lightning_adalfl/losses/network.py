@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -14,10 +14,7 @@ from lightning_adalfl.checks import one_of, positive_number
 from lightning_adalfl.losses.learned_loss import LearnedLoss
 from lightning_adalfl.losses.output_gradient import OutputGradient
 
-WEIGHT_INITS: dict[str, Callable[[Tensor], Tensor]] = {
-    "kaiming_normal": nn.init.kaiming_normal_,
-    "xavier_uniform": nn.init.xavier_uniform_,
-}
+WEIGHT_INITS = ("kaiming_normal", "xavier_uniform")  # as torch.nn.init has them
 MAX_CLASSES = 100
 EMBEDDING = 4
 
@@ -61,11 +58,7 @@ class SmoothLeakyReLU(nn.Module):
         return f"gamma={self.gamma}, beta={self.beta}"
 
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "smooth_leaky_relu": SmoothLeakyReLU,
-    "relu": nn.ReLU,
-    "softplus": nn.Softplus,
-}
+ACTIVATIONS = {"smooth_leaky_relu": SmoothLeakyReLU, "relu": nn.ReLU, "softplus": nn.Softplus}
 
 
 class LossNetwork(LearnedLoss):
@@ -125,19 +118,14 @@ class LossNetwork(LearnedLoss):
 
     def reset_parameters(self) -> None:
         """Draw φ afresh: weights by ``weight_init``, biases and embeddings zero."""
-        for layer in self.linear:
-            WEIGHT_INITS[self.weight_init](layer.weight)  # type: ignore[arg-type]
-            if self.bias:
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        if self.sees_classes:
-            nn.init.zeros_(self.label_embedding)
-            nn.init.zeros_(self.output_embedding)
+        for name, parameter in self.named_parameters():
+            fill = f"{self.weight_init}_" if name.endswith("weight") else "zeros_"
+            getattr(nn.init, fill)(parameter)
 
     def start_at_zero(self) -> None:
         """Make the weights of the output zero."""
-        nn.init.zeros_(self.linear[-1].weight)  # type: ignore[arg-type]
-        if self.bias:
-            nn.init.zeros_(self.linear[-1].bias)  # type: ignore[arg-type]
+        for parameter in self.linear[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def tells_apart(self, outputs: int) -> bool:
         """Return whether there are embeddings for so many classes."""
@@ -157,15 +145,12 @@ class LossNetwork(LearnedLoss):
         z = torch.stack((y, p), dim=-1) @ layer.weight[:, :2].T
         if self.bias:
             z = z + layer.bias
-        if self.tells_apart(p.shape[1]):
-            labels, outputs = self.embedded(p.shape[1])
-            z = z + (y @ labels).unsqueeze(1) + outputs
+        classes = p.shape[1]
+        if self.tells_apart(classes):
+            of_label, of_output = layer.weight[:, 2:].split(EMBEDDING, dim=1)
+            labels = self.label_embedding[:classes] @ of_label.T
+            z = z + (y @ labels).unsqueeze(1) + self.output_embedding[:classes] @ of_output.T
         return z.view(-1, z.shape[-1])
-
-    def embedded(self, classes: int) -> tuple[Tensor, Tensor]:
-        """Return what the label's class and the output's class add to the first layer, each (classes, width)."""
-        of_label, of_output = self.linear[0].weight[:, 2:].split(EMBEDDING, dim=1)  # type: ignore[index]
-        return self.label_embedding[:classes] @ of_label.T, self.output_embedding[:classes] @ of_output.T
 
     def pair_gradient(self, prediction: Tensor, target: Tensor) -> OutputGradient:
         """Return it by hand, for the paper's activation; autograd takes three times as long for so small a network."""
@@ -235,7 +220,7 @@ class _Pass:
     def __init__(self, loss: LossNetwork, p: Tensor, y: Tensor) -> None:
         self._loss, self._p, self._y = loss, p, y
         self._weights: list[Tensor] = [layer.weight for layer in loss.linear]  # type: ignore[misc]
-        self._activation: SmoothLeakyReLU = loss.between  # type: ignore[assignment]
+        self._activation: SmoothLeakyReLU = loss.between
         z = loss.first(p, y)
         self._a: list[Tensor] = []
         self._ds: list[Tensor] = []
@@ -269,31 +254,33 @@ class _Pass:
             found[f"linear.{k}.bias"] = q.sum(0)
             q = self._adjoint(k - 1, t[k - 1]).addcmul_(self._ds[k - 1], q @ self._weights[k])
         found["linear.0.bias"] = q.sum(0)
-        by_pair = q.T @ torch.stack((self._y, self._p), dim=-1).view(-1, 2)
-        by_pair[:, 1] += (self._e[0].T @ tangent).squeeze(1)
-        if not self._loss.sees_classes:
-            return {**found, "linear.0.weight": by_pair}
-        return {**found, **self._by_embeddings(q.view(*self._p.shape, -1), by_pair)}
+        by_weight = q.T @ torch.stack((self._y, self._p), dim=-1).view(-1, 2)
+        by_weight[:, 1] += (self._e[0].T @ tangent).squeeze(1)
+        if self._loss.sees_classes:
+            by_weight = torch.cat([by_weight, *self._by_embeddings(q.view(*self._p.shape, -1), found)], dim=1)
+        return {**found, "linear.0.weight": by_weight}
 
     def _adjoint(self, k: int, t: Tensor) -> Tensor:
         return self._activation.curvature(self._ds[k]).mul_(t).mul_(self._f[k])
 
-    def _by_embeddings(self, q: Tensor, by_pair: Tensor) -> dict[str, Tensor]:
-        """Return the derivatives by the first layer's weights and the embeddings; q is (R, C, width)."""
-        loss, classes = self._loss, self._p.shape[1]
-        by_weight = [by_pair]
-        found = {}
-        of_label, of_output = self._weights[0][:, 2:].split(EMBEDDING, dim=1)
-        sums = {"label_embedding": self._y.T @ q.sum(1), "output_embedding": q.sum(0)}  # each (C, width)
-        for (name, by_sum), weight in zip(sums.items(), (of_label, of_output)):
-            embedding: Tensor = getattr(loss, name)
+    def _by_embeddings(self, q: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
+        """Return the derivatives by what the first layer makes of either embedding; add those by the embeddings.
+
+        Args:
+            q: The adjoint of z_1, (R, C, width).
+            found: To which they are added.
+        """
+        classes, parts = self._p.shape[1], self._weights[0][:, 2:].split(EMBEDDING, dim=1)
+        if not self._loss.tells_apart(classes):
+            return [torch.zeros_like(part) for part in parts]
+        by_sum = {"label_embedding": self._y.T @ q.sum(1), "output_embedding": q.sum(0)}  # each (C, width)
+        by_part = []
+        for (name, adjoint), part in zip(by_sum.items(), parts):
+            embedding: Tensor = getattr(self._loss, name)
             found[name] = torch.zeros_like(embedding)
-            if loss.tells_apart(classes):
-                found[name][:classes] = by_sum @ weight
-                by_weight.append(by_sum.T @ embedding[:classes])
-            else:
-                by_weight.append(torch.zeros_like(weight))
-        return {**found, "linear.0.weight": torch.cat(by_weight, dim=1)}
+            found[name][:classes] = adjoint @ part
+            by_part.append(adjoint.T @ embedding[:classes])
+        return by_part
 
 
 def _rows(pairs: Tensor) -> Tensor:

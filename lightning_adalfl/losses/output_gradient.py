@@ -8,6 +8,18 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 16  # pairs that are evaluated at once
+
+
+def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Return an iterator over parts of tensors with the pairs' first dimension: memory does not grow with their number.
+
+    Args:
+        *tensors: The pairs, (N, ...), first, then others of that length.
+    """
+    rows = max(1, CHUNK * len(tensors[0]) // tensors[0].numel())
+    return zip(*(tensor.split(rows) for tensor in tensors))
+
 
 class OutputGradient(ABC):
     """``∂ℓ_φ(y_i, f_i)/∂f_i`` of each pair, as a function of φ.
@@ -24,14 +36,13 @@ class OutputGradient(ABC):
 
 
 class AutogradGradient(OutputGradient):
-    """For any loss: by autograd, in chunks of instances, so that the memory does not grow with their number.
+    """For any loss: by autograd, in chunks of instances.
 
     Args:
         pairwise: ℓ_φ, element-wise.
         phi: φ by name: what :meth:`vjp` is by.
         prediction: f, (N, ...).
         target: y, of that shape.
-        chunk: Pairs that are evaluated at once.
     """
 
     def __init__(
@@ -40,16 +51,11 @@ class AutogradGradient(OutputGradient):
         phi: Mapping[str, Tensor],
         prediction: Tensor,
         target: Tensor,
-        chunk: int = 1 << 18,
     ) -> None:
         self._pairwise = pairwise
         self._phi = dict(phi)
-        self._prediction, self._target = prediction.detach(), target.detach()
-        self._rows = max(1, chunk * len(prediction) // prediction.numel())
-        self.value = torch.cat([self._gradient(p, y, False) for p, y in self._chunks()])
-
-    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self._prediction.split(self._rows), self._target.split(self._rows))
+        self._pairs = prediction.detach(), target.detach()
+        self.value = torch.cat([self._gradient(p, y, False) for p, y in in_chunks(*self._pairs)])
 
     def _gradient(self, prediction: Tensor, target: Tensor, create_graph: bool) -> Tensor:
         with torch.enable_grad():
@@ -63,9 +69,9 @@ class AutogradGradient(OutputGradient):
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return it by a second backward, chunk by chunk."""
         total = {name: torch.zeros_like(p) for name, p in self._phi.items()}
-        for (prediction, target), weight in zip(self._chunks(), tangent.split(self._rows)):
+        for prediction, target, weight in in_chunks(*self._pairs, tangent):
             gradient = self._gradient(prediction, target, True)
-            if not gradient.requires_grad:  # a loss that is linear in f has a gradient without φ
+            if not total or not gradient.requires_grad:  # a loss that is linear in f has a gradient without φ
                 continue
             parts = torch.autograd.grad(gradient, list(self._phi.values()), weight, allow_unused=True)
             for name, part in zip(self._phi, parts):
