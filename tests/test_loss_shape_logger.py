@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 from projects import Ada, Keep, Plain, adaptive, assert_same, config, loaders, make, phi, points, tensors, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -87,9 +86,9 @@ def test_a_remote_root_folder_is_no_local_one(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
-def regressor(package: str, **options: Any) -> Any:
-    """Return a regressor of either package, with a learned loss."""
-    pl = importlib.import_module(package)
+@pytest.mark.filterwarnings("ignore:`isinstance")
+def test_every_logger_of_the_other_package_gets_figures_and_regression_a_heat_map(tmp_path: Path) -> None:
+    pl, loggers = importlib.import_module("pytorch_lightning"), importlib.import_module("pytorch_lightning.loggers")
 
     class Regressor(pl.LightningModule):
         def __init__(self) -> None:
@@ -106,14 +105,6 @@ def regressor(package: str, **options: Any) -> Any:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    return make(adaptive(Regressor), adalfl=AdaLFLConfig("regression", meta_data="train", meta_every=1, **options))
-
-
-@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
-@pytest.mark.filterwarnings("ignore:`isinstance")
-def test_every_logger_of_either_package_gets_the_figures(package: str, tmp_path: Path) -> None:
-    pl = importlib.import_module(package)
-    loggers = importlib.import_module(f"{package}.loggers")
     board, table = loggers.TensorBoardLogger(tmp_path / "board"), loggers.CSVLogger(tmp_path / "table")
     x = points().tensors[0]
     runner = pl.Trainer(
@@ -126,7 +117,8 @@ def test_every_logger_of_either_package_gets_the_figures(package: str, tmp_path:
         enable_model_summary=False,
         log_every_n_steps=2,
     )
-    runner.fit(regressor(package), DataLoader(TensorDataset(x, x[:, :1]), 16))
+    module = make(adaptive(Regressor), adalfl=AdaLFLConfig("regression", meta_data="train", meta_every=1))
+    runner.fit(module, DataLoader(TensorDataset(x, x[:, :1]), 16))
     events = EventAccumulator(board.log_dir).Reload()
     for tag in ("adalfl/loss_shape", "adalfl/loss_heatmap"):
         assert [image.step for image in events.Images(tag)] == [0, 4, 6]
@@ -136,11 +128,14 @@ def test_every_logger_of_either_package_gets_the_figures(package: str, tmp_path:
     assert LossHistory.load(Path(board.log_dir) / NAME).steps == list(range(7))
 
 
-def test_classification_has_a_turn_up_and_no_heat_map(tmp_path: Path) -> None:
-    module = fit(tmp_path, [LossShapeLogger()], logger=CSVLogger(tmp_path))
+def test_classification_has_a_turn_up_and_no_heat_map_and_its_loss_evolves(tmp_path: Path) -> None:
+    module = fit(tmp_path, [LossShapeLogger(4)], logger=CSVLogger(tmp_path))
     assert pngs(tmp_path) == [0, 12]
     assert pngs(tmp_path, "loss_heatmap") == []
     assert {"adalfl/flatness", "adalfl/turn_up"} <= module.trainer.callback_metrics.keys()
+    first, *_, last = read(module.trainer.logger.log_dir).shapes()
+    assert (first.paths[0].slope == first.paths[0].own_slope).all()
+    assert abs(last.paths[0].slope - first.paths[0].slope).max() > 0.01
 
 
 def test_the_learned_loss_alone_is_known_as_such(tmp_path: Path) -> None:
@@ -150,30 +145,31 @@ def test_the_learned_loss_alone_is_known_as_such(tmp_path: Path) -> None:
     assert not any(shape.is_added for shape in logger.history.shapes())
 
 
-def test_figures_become_rarer_with_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = itertools.count()
-    monkeypatch.setattr(module_under_test.time, "monotonic", lambda: 1000.0 * next(ticks) ** 2)  # drawing costs little
-    monkeypatch.setattr(module_under_test, "_TIME_SHARE", 1.0)
-    fit(tmp_path, [LossShapeLogger(1)], logger=CSVLogger(tmp_path), max_epochs=4)
-    assert pngs(tmp_path) == [0, 1, 2, 3, 5, 8, 12, 18, 24]
+def drawing_at(folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, batch: float) -> list[int]:
+    """Return when figures are drawn in 24 base steps, by a clock on which drawing and a batch take these times."""
+    now = [0.0]
 
-
-def test_drawing_takes_no_more_than_its_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, draw = [0.0], module_under_test.plot_history
-
-    def slow_drawing(shapes: Any) -> Any:
-        now[0] += 2.0
-        return draw(shapes)
+    def draw(shapes: Any) -> Figure:
+        now[0] += seconds
+        return Figure(figsize=(1, 1))
 
     class Step(Callback):
         def on_train_batch_start(self, *_: Any) -> None:
-            now[0] += 10.0
+            now[0] += batch
 
     monkeypatch.setattr(module_under_test.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(module_under_test, "plot_history", slow_drawing)
-    fit(tmp_path, [LossShapeLogger(1), Step()], logger=CSVLogger(tmp_path), max_epochs=4)
-    # 2 s at the start are 2% of the 102 s that 10 steps take, 4 s of the 204 s that 20 take
-    assert pngs(tmp_path) == [0, 10, 20, 24]
+    monkeypatch.setattr(module_under_test, "plot_history", draw)
+    fit(folder, [LossShapeLogger(1), Step()], logger=CSVLogger(folder), max_epochs=4)
+    return pngs(folder)
+
+
+def test_figures_become_rarer_with_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawing_at(tmp_path, monkeypatch, 0.0, 1.0) == [0, 1, 2, 3, 5, 8, 12, 18, 24]
+
+
+def test_drawing_takes_no_more_than_its_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 s at the start are 2% of the 102 s that 10 steps take, 4 s of the 204 s that 20 take."""
+    assert drawing_at(tmp_path, monkeypatch, 2.0, 10.0) == [0, 10, 20, 24]
 
 
 class AtEnd(Checkpoint):
@@ -283,14 +279,3 @@ def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], error: typ
 def test_a_state_that_cannot_be_read_is_refused(state: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="state of LossShapeLogger cannot be read"):
         LossShapeLogger().load_state_dict(state)
-
-
-def test_the_evolving_loss_is_on_tensorboard_and_in_a_file(tmp_path: Path) -> None:
-    logger = TensorBoardLogger(tmp_path)
-    fit(tmp_path, [LossShapeLogger(4)], logger=logger)
-    images = EventAccumulator(logger.log_dir).Reload().Images("adalfl/loss_shape")
-    assert [image.step for image in images] == [0, 12]
-    shapes = read(logger.log_dir).shapes()
-    assert [shape.step for shape in shapes] == [0, 4, 8, 12]
-    np.testing.assert_array_equal(shapes[0].paths[0].slope, shapes[0].paths[0].own_slope)
-    assert not np.allclose(shapes[0].paths[0].slope, shapes[-1].paths[0].slope)

@@ -21,6 +21,7 @@ Callback: Any = lightning().Callback
 
 _GROWTH = 1.5  # from one figure to the next, in base steps
 _TIME_SHARE = 0.02  # of the training time, for drawing
+_POINTS = 26  # of each curve, for the scalars; a figure has more
 
 
 class LossShapeLogger(Callback):
@@ -154,7 +155,7 @@ class LossShapeLogger(Callback):
 
     def _keep(self, trainer: Any, pl_module: Any) -> None:
         self.history.append(pl_module.adalfl.base_steps, pl_module.adalfl.loss)
-        (shape,) = self.history.shapes(1, **self._look)
+        (shape,) = self.history.shapes(1, **{**self._look, "resolution": _POINTS})
         self._scalars = {"adalfl/flatness": shape.flatness}
         if shape.task != "regression":
             self._scalars["adalfl/turn_up"] = shape.turn_up

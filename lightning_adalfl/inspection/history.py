@@ -34,6 +34,10 @@ class LossHistory:
         max_snapshots: Upper bound on their number.
         is_added: Whether the loss is added to the user's own (``own_loss=True``), or trains alone.
 
+    Attributes:
+        description: The class and the options of the loss, as plain values.
+        steps: The base step of every snapshot, ascending.
+
     Raises:
         TypeError: For an argument of the wrong type.
         ValueError: For one out of range.
@@ -50,35 +54,20 @@ class LossHistory:
         self.max_snapshots = whole_number("max_snapshots", max_snapshots, 2)
         self.is_added = is_added
         self._interval = whole_number("every_n_steps", every_n_steps)
-        self._description: dict[str, Any] | None = None
-        self._steps: list[int] = []
+        self.description: dict[str, Any] = {}
+        self.steps: list[int] = []
         self._snapshots: list[dict[str, Tensor]] = []
 
     def __len__(self) -> int:
-        return len(self._steps)
-
-    @property
-    def steps(self) -> list[int]:
-        """The base step of every snapshot, ascending."""
-        return list(self._steps)
-
-    @property
-    def interval(self) -> int:
-        """Base steps from one snapshot to the next, now."""
-        return self._interval
-
-    @property
-    def description(self) -> dict[str, Any] | None:
-        """The class and the options of the loss, as plain values."""
-        return self._description
+        return len(self.steps)
 
     def accepts(self, loss: LearnedLoss) -> bool:
         """Return whether ``loss`` has the class and the options of the snapshots."""
-        return self._description in (None, loss.describe())
+        return self.description in ({}, loss.describe())
 
     def is_due(self, step: int) -> bool:
         """Return whether base step ``step`` is the first to be seen of its interval."""
-        return not self._steps or self._slot(step) > self._slot(self._steps[-1])
+        return not self.steps or self._slot(step) > self._slot(self.steps[-1])
 
     def append(self, step: int, loss: LearnedLoss) -> None:
         """Add φ as it is now; a newest snapshot that is not the first of its interval makes room for it.
@@ -90,17 +79,16 @@ class LossHistory:
         Raises:
             ValueError: If ``step`` is not after the newest one, or the loss is of another structure.
         """
-        last = self._steps[-1] if self._steps else -1
+        last = self.steps[-1] if self.steps else -1
         if step <= last:
             raise ValueError(f"`step` {step} is not after {last}; append in the order of training.")
-        if not self.accepts(loss):
-            raise ValueError(
-                f"`loss` is {loss.describe()}, and the history is of {self._description}; begin a new one."
-            )
-        self._description = loss.describe()
-        if len(self) > 1 and self._slot(last) == self._slot(self._steps[-2]):
-            del self._steps[-1], self._snapshots[-1]
-        self._steps.append(step)
+        description = loss.describe()
+        if self.description not in ({}, description):
+            raise ValueError(f"`loss` is {description}, and the history is of {self.description}; begin a new one.")
+        self.description = description
+        if len(self) > 1 and self._slot(last) == self._slot(self.steps[-2]):
+            del self.steps[-1], self._snapshots[-1]
+        self.steps.append(step)
         self._snapshots.append({name: value.detach().cpu().clone() for name, value in loss.state_dict().items()})
         self._thin()
 
@@ -112,19 +100,18 @@ class LossHistory:
         Raises:
             ValueError: If there is no snapshot.
         """
-        if not self._steps:
+        if not self.steps:
             raise ValueError("the history is empty; append a snapshot first.")
-        i = max(bisect_right(self._steps, step) - 1, 0)
+        i = max(bisect_right(self.steps, step) - 1, 0)
         before = self._snapshots[i]
-        if step <= self._steps[i] or i == len(self) - 1:
+        if step <= self.steps[i] or i == len(self) - 1:
             return {name: value.clone() for name, value in before.items()}
-        weight = (step - self._steps[i]) / (self._steps[i + 1] - self._steps[i])
+        weight = (step - self.steps[i]) / (self.steps[i + 1] - self.steps[i])
         return {name: torch.lerp(value, self._snapshots[i + 1][name], weight) for name, value in before.items()}
 
     def loss_at(self, step: float) -> LearnedLoss:
         """Return the learned loss at base step ``step``, a module of its own."""
-        phi = self.at(step)
-        return LearnedLoss.rebuild(self._description or {}, phi)
+        return LearnedLoss.rebuild(self.description, self.at(step))
 
     def shapes(self, count: int = 24, **look: Any) -> list[LossShape]:
         """Return shapes to draw, oldest first: of the newest snapshot, the first, and others evenly between.
@@ -133,25 +120,25 @@ class LossHistory:
             count: Upper bound on their number.
             **look: See :func:`~lightning_adalfl.inspection.loss_shape.loss_shape`.
         """
-        if not self._steps:
+        if not self.steps:
             return []
-        newest = self.loss_at(self._steps[-1])
+        newest = self.loss_at(self.steps[-1])
         look = {"is_added": self.is_added, "classes": classes_met(newest), **look}
         chosen = np.linspace(len(self) - 1, 0, min(whole_number("count", count), len(self))).round()
         shapes = []
         for i in chosen[::-1].astype(int):
             newest.load_state_dict(self._snapshots[i])
-            shapes.append(loss_shape(newest, self._steps[i], **look))
+            shapes.append(loss_shape(newest, self.steps[i], **look))
         return shapes
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as tensors and plain values, fit for ``torch.load(..., weights_only=True)``."""
         names = self._snapshots[0] if self._snapshots else {}
         return {
-            "description": self._description,
+            "description": self.description,
             "interval": self._interval,
             "is_added": self.is_added,
-            "steps": torch.tensor(self._steps, dtype=torch.int64),
+            "steps": torch.tensor(self.steps, dtype=torch.int64),
             "phi": {name: torch.stack([snapshot[name] for snapshot in self._snapshots]) for name in names},
         }
 
@@ -162,7 +149,7 @@ class LossHistory:
             ValueError: If its parts do not fit together.
         """
         try:
-            steps, phi, description = state["steps"].tolist(), dict(state["phi"]), state["description"]
+            steps, phi, description = state["steps"].tolist(), dict(state["phi"]), dict(state["description"])
             interval, is_added = whole_number("interval", state["interval"]), state["is_added"]
             rows = {len(value) for value in phi.values()} if steps else {0}
             is_ordered = all(type(step) is int for step in steps) and all(a < b for a, b in pairwise([-1, *steps]))
@@ -174,9 +161,9 @@ class LossHistory:
             raise ValueError("its φ is not finite; the run that it is of may have diverged")
         snapshots = [{name: value[row].clone() for name, value in phi.items()} for row in range(len(steps))]
         if snapshots:
-            LearnedLoss.rebuild(description or {}, snapshots[0])
-        self._description, self._interval, self.is_added = description if steps else None, interval, is_added
-        self._steps, self._snapshots = steps, snapshots
+            LearnedLoss.rebuild(description, snapshots[0])
+        self.description, self._interval, self.is_added = description if steps else {}, interval, is_added
+        self.steps, self._snapshots = steps, snapshots
         self._thin()
 
     def save(self, path: PathLike) -> None:
@@ -185,7 +172,7 @@ class LossHistory:
         Raises:
             ValueError: If there is no snapshot.
         """
-        if not self._steps:
+        if not self.steps:
             raise ValueError("the history is empty; append a snapshot before saving it.")
         state = self.state_dict()
         tensors = {"steps": state.pop("steps"), **{f"phi.{name}": value for name, value in state.pop("phi").items()}}
@@ -212,14 +199,14 @@ class LossHistory:
         return history
 
     def _slot(self, step: int) -> int:
-        return (step - self._steps[0]) // self._interval
+        return (step - self.steps[0]) // self._interval
 
     def _thin(self) -> None:
         while len(self) > self.max_snapshots:
             self._interval *= 2
-            slots = [self._slot(step) for step in self._steps]
+            slots = [self._slot(step) for step in self.steps]
             kept = [i for i, slot in enumerate(slots) if i in (0, len(self) - 1) or slot > slots[i - 1]]
-            self._steps = [self._steps[i] for i in kept]
+            self.steps = [self.steps[i] for i in kept]
             self._snapshots = [self._snapshots[i] for i in kept]
 
 
@@ -247,14 +234,7 @@ def read(path: PathLike, is_added: bool = True) -> LossHistory:
         raise FileNotFoundError(f"cannot read {name}: there is no such file or folder; check the path.")
     if name.endswith(".ckpt"):
         return _from_checkpoint(name)
-    if not name.endswith(".safetensors"):
-        raise ValueError(f"cannot read {name}: give a .safetensors file, a checkpoint (.ckpt), or a log folder.")
-    kind = kind_of(name)
-    if kind == LOSS_KIND:
-        return _of_one(0, LearnedLoss.load(name), is_added)
-    if kind != HISTORY_KIND:
-        raise ValueError(f"cannot read {name}: it holds {kind!r}, which has nothing to look at; give a learned loss.")
-    return LossHistory.load(name)
+    return _of_one(0, LearnedLoss.load(name), is_added) if kind_of(name) == LOSS_KIND else LossHistory.load(name)
 
 
 def _from_checkpoint(path: str) -> LossHistory:

@@ -166,9 +166,8 @@ def loss_shape(
         variable, correct = "predicted probability", (1.0, 0.0)
         targets, y = correct, torch.tensor([[1.0], [0.0]])
         rows = _evaluated(loss, is_added, x.expand(2, -1), y.expand(-1, resolution))
-    paths = tuple(
-        _path(f"target {t:g}", variable, c, x, rows[:, i, None]) for i, (t, c) in enumerate(zip(targets, correct))
-    )
+    each = zip(targets, correct, rows.transpose(1, 0, 2))
+    paths = tuple(_path(f"target {target:g}", variable, c, x, row[None]) for target, c, row in each)
     return LossShape(loss.task, step, is_added, None, (), paths, heat)
 
 
@@ -194,26 +193,25 @@ def _between_classes(
     tells_apart = classes is not None and loss.tells_apart(classes)
     many = classes or 2
     outputs = many if tells_apart else 2
-    labels = np.linspace(0, outputs - 1, min(_LABELS, outputs)).round().astype(int).tolist() if tells_apart else [0]
-    # What the label gains in probability the others lose.
-    on_one, on_all = np.array([1, -1, 1, -1]), np.array([many - 1, -1, many - 1, -1])
-    pairs: list[tuple[int, int]] = []
-    one, shared = [], []
-    for label in labels:
-        others = [c for c in range(outputs) if c != label]
-        pairs += [(label, other) for other in others]
-        y = torch.zeros(len(x), outputs)
-        y[:, label] = 1.0
-        parts = _evaluated(loss, is_added, x.unsqueeze(1).expand_as(y), y)  # (4, G, outputs)
-        hit, rest = parts[:, :, label], parts[:, ::-1, others]  # the grid is symmetric about one half
-        one.append(hit[:, None] + on_one[:, None, None] * rest.transpose(0, 2, 1))
-        rest = _evaluated(loss, is_added, ((1 - x) / (many - 1)).unsqueeze(1).expand_as(y), y)[:, :, others]
-        shared.append(hit[:, None] + on_all[:, None, None] * rest.mean(axis=2)[:, None])
-    paths = [_path("the rest on one other class", "probability of the label", 1.0, x, np.concatenate(one, axis=1))]
+    labels = np.linspace(0, outputs - 1, min(_LABELS, outputs)).round().astype(int) if tells_apart else np.array([0])
+    is_other = np.arange(outputs) != labels[:, None]
+    y = (~torch.from_numpy(is_other)).float().unsqueeze(1).expand(-1, len(x), -1)  # (labels, G, outputs)
+
+    def at(p: Tensor) -> Values:
+        parts = _evaluated(loss, is_added, *(t.reshape(-1, outputs) for t in (p.unsqueeze(1).expand_as(y), y)))
+        return parts.reshape(4, *y.shape).transpose(1, 3, 0, 2)  # (labels, outputs, 4, G)
+
+    at_x, at_share = at(x), at((1 - x) / (many - 1))
+    hit = at_x[~is_other]
+    # What the label gains in probability the others lose; the grid is symmetric about one half.
+    one = np.repeat(hit, outputs - 1, axis=0) + np.array([[1], [-1], [1], [-1]]) * at_x[is_other][..., ::-1]
+    rest = at_share[is_other].reshape(len(labels), -1, *hit.shape[1:]).mean(axis=1)
+    shared = hit + np.array([[many - 1], [-1], [many - 1], [-1]]) * rest
+    paths = [_path("the rest on one other class", "probability of the label", 1.0, x, one)]
     if many > 2:
-        rows = np.concatenate(shared, axis=1)
-        paths.append(_path("the rest shared by the others", "probability of the label", 1.0, x, rows))
-    return tuple(pairs) if tells_apart else (), tuple(paths)
+        paths.append(_path("the rest shared by the others", "probability of the label", 1.0, x, shared))
+    pairs = tuple((int(labels[i]), int(c)) for i, c in np.argwhere(is_other)) if tells_apart else ()
+    return pairs, tuple(paths)
 
 
 def _heat(loss: LearnedLoss, is_added: bool, low: float, high: float, error: float) -> tuple[Values, Values, Values]:
@@ -223,12 +221,11 @@ def _heat(loss: LearnedLoss, is_added: bool, low: float, high: float, error: flo
     return y.double().numpy(), f.double().numpy(), values
 
 
-def _path(name: str, variable: str, correct: float, x: Tensor, parts: Values) -> LossPath:
-    """Return a path from parts (4, K, G) as :func:`_evaluated` returns them."""
+def _path(name: str, variable: str, correct: float, x: Tensor, rows: Values) -> LossPath:
+    """Return a path from rows (K, 4, G) of what :func:`_evaluated` returns."""
     grid = x.double().numpy()
     by_raw = 1.0 if variable.startswith("error") else grid * (1 - grid)
-    loss, slope, own_loss, own_slope = parts
-    return LossPath(name, variable, correct, grid, loss, slope * by_raw, own_loss[0], own_slope[0] * by_raw)
+    return LossPath(name, variable, correct, grid, rows[:, 0], rows[:, 1] * by_raw, rows[0, 2], rows[0, 3] * by_raw)
 
 
 def _evaluated(loss: LearnedLoss, is_added: bool, prediction: Tensor, target: Tensor) -> Values:
