@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -71,12 +71,16 @@ def test_the_number_of_classes_is_asked_for_where_it_matters(
     assert "alone, at base step 0" in capsys.readouterr().out
 
 
-def test_it_runs_as_a_module(tmp_path: Path) -> None:
+def test_it_runs_as_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     TaylorLoss("binary").save(tmp_path / "loss.safetensors")
-    command = [sys.executable, "-m", "lightning_adalfl", "inspect", "loss.safetensors"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "a TaylorLoss of 8 numbers" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lightning_adalfl", "inspect", "loss.safetensors"])
+    monkeypatch.delitem(sys.modules, "lightning_adalfl.__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("lightning_adalfl", run_name="__main__")
+    assert "a TaylorLoss of 8 numbers" in capsys.readouterr().out
     assert (tmp_path / "learned_loss.png").stat().st_size > 10_000
 
 
