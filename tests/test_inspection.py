@@ -195,6 +195,8 @@ def test_label_smoothing_is_a_turn_at_a_confident_prediction() -> None:
         assert sorted(region) == pytest.approx(sorted((lowest, end)), abs=0.03)
     assert found.lowest == pytest.approx((0.85, 0.15), abs=0.01)
     assert found.shape.turn_up > 0.1
+    # A loss that is lowest far from the label has no turn at a confident prediction.
+    assert reported("binary", lambda f, y: (3 * f) * (1 - f)).shape.turn_up == 0
     assert "target 0: it pulls away from the target at 0.00 to 0.14, it is lowest at 0.15" in str(found)
 
 

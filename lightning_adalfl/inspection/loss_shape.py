@@ -114,7 +114,7 @@ class LossShape:
         """How far it rises again towards a certain right prediction, as a part of its whole range (section 5.7)."""
         loss = self.paths[0].loss
         extent = float(np.ptp(loss))
-        return float(loss[-1] - loss.min()) / extent if extent else 0.0
+        return float(loss[-1] - loss[len(loss) // 2 :].min()) / extent if extent else 0.0
 
 
 def loss_shape(
