@@ -56,7 +56,8 @@ def val_source(trainer: Any) -> Any:
     if loaders is not None:
         return loaders
     # Lightning keeps the loaders given to `fit` here alone until its loops begin.
-    return _given(trainer.fit_loop.epoch_loop.val_loop._data_source)
+    given = _given(trainer.fit_loop.epoch_loop.val_loop._data_source)
+    return given.iterables if is_a(given, "CombinedLoader") and given._mode == "sequential" else given
 
 
 def _given(source: Any) -> Any:
@@ -65,19 +66,21 @@ def _given(source: Any) -> Any:
     return source.dataloader()
 
 
-def transferred(module: Any, batch: Any, is_training: bool) -> Any:
-    """Pass a batch through the precision's and the module's own transfer hooks.
+def transferred(module: Any, batch: Any, is_training: bool, index: int = 0) -> Any:
+    """Pass a batch through the precision's, the module's and the data module's own transfer hooks.
 
     Args:
         module: The user's module, with its trainer.
         batch: As its loader gives it.
         is_training: Whether the hooks see a training stage, in which a module may augment.
+        index: Of the loader that the batch is from, among several.
     """
     trainer = module.trainer
     batch = trainer.precision_plugin.convert_input(batch)
     with _stage(trainer, is_training):
-        batch = module.on_before_batch_transfer(batch, 0)
-        return trainer.strategy.batch_to_device(batch, module.device, 0)
+        # The private form knows the hooks of a data module too.
+        batch = module._on_before_batch_transfer(batch, index)
+        return trainer.strategy.batch_to_device(batch, module.device, index)
 
 
 @contextmanager

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adalfl.adapter.lightning_private import transferred
-from lightning_adalfl.adapter.meta_batches import EndlessBatches
+from lightning_adalfl.adapter.meta_batches import (
+    DRAWS,
+    OFFLINE_BASE,
+    OFFLINE_META,
+    EndlessBatches,
+    derived_seed,
+    transferred_meta_batch,
+)
 from lightning_adalfl.adapter.plugins import LossScale, broadcast, mean_over_processes
 from lightning_adalfl.learning.base_step import BaseStep
 from lightning_adalfl.learning.meta_learner import MetaLearner
@@ -55,10 +62,11 @@ class OfflinePhase:
         self.module = module
         self.learner = learner
         self.trainer = module.trainer
-        self.train_batches = EndlessBatches(train_loader, seed)
-        self.meta_batches = EndlessBatches(meta_loader, seed + 1)
+        # Made once, since nothing is reloaded before training, and a user's loaders may take long to make.
+        self.train_batches = EndlessBatches(_made_once(train_loader), seed, OFFLINE_BASE)
+        self.meta_batches = EndlessBatches(_made_once(meta_loader), seed, OFFLINE_META)
         self._is_fresh = is_fresh
-        self._draws = torch.Generator().manual_seed(seed)
+        self._draws = torch.Generator().manual_seed(derived_seed(DRAWS, seed))
         groups: list[dict[str, Any]] = [
             {"params": [p for p in group["params"] if p.requires_grad], "lr": float(group["lr"])}
             for group in optimizer.param_groups
@@ -78,8 +86,7 @@ class OfflinePhase:
         with self.trainer.precision_plugin.train_step_context():
             for step in self._steps:
                 self._inner_step(step)
-            is_training = self.learner.config.meta_data == "train"
-            batch = transferred(self.module, next(self.meta_batches), is_training)
+            batch = transferred_meta_batch(self.module, next(self.meta_batches), self.learner.config)
             found = self.learner.meta_step(self._steps, batch, all_reduce=self._reduce, scale=self._meta_scale)
         for step in self._steps:
             step.clear()
@@ -138,6 +145,17 @@ class OfflinePhase:
             scale.load_state_dict(saved)
         # Last, since drawing batches again has moved the generators.
         RandomState.from_plain(state["random_state"], self.module.device).restore()
+
+
+def _made_once(make: Callable[[], Any]) -> Callable[[], Any]:
+    made: list[Any] = []
+
+    def loader() -> Any:
+        if not made or hasattr(made[0], "__next__"):  # which is used up by one pass
+            made[:] = [make()]
+        return made[0]
+
+    return loader
 
 
 def draw_parameters(module: nn.Module) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adalfl.adapter.lightning_private import loss_of, transferred
-from lightning_adalfl.adapter.meta_batches import EndlessBatches
+from lightning_adalfl.adapter.lightning_private import loss_of
+from lightning_adalfl.adapter.meta_batches import MASKS, EndlessBatches, derived_seed, transferred_meta_batch
 from lightning_adalfl.adapter.plugins import LossScale, broadcast, mean_over_processes, own_scale
 from lightning_adalfl.adapter.user_step import Found, StepObserver
 from lightning_adalfl.learning.base_step import BaseForward
@@ -55,7 +55,8 @@ class OnlineRun:
         self.batches: EndlessBatches | None = None
         if learner.config.meta_every is not None:
             self.batches = EndlessBatches(meta_loader, self.seed)
-        self.stream = RandomStream(RandomState.seeded(self.seed + self.trainer.global_rank, module.device))
+        seed = derived_seed(MASKS, self.seed, self.trainer.global_rank)
+        self.stream = RandomStream(RandomState.seeded(seed, module.device))
         self._scale = LossScale(self.trainer)
         self._reduce = mean_over_processes(self.trainer)
         self.clipping: Clipping | None = None
@@ -202,8 +203,7 @@ class OnlineRun:
     def _meta_step(self) -> None:
         learner = self.learner
         with self.stream.drawing(), self.trainer.precision_plugin.train_step_context():
-            is_training = learner.config.meta_data == "train"
-            batch = transferred(self.module, next(self._meta_batches()), is_training)
+            batch = transferred_meta_batch(self.module, next(self._meta_batches()), learner.config)
             with self._observer.state_kept(), self._others_put_back():
                 learner.meta_step(self.base_step, batch, all_reduce=self._reduce, scale=self._scale)
 

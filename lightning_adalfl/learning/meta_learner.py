@@ -141,6 +141,8 @@ class MetaLearner:
 
     def check(self, predicted: Predicted) -> None:
         """Raise a ``ValueError`` unless a first batch of predictions and targets fits the task and the task loss."""
+        if self.loss is not None:
+            self._check_pairs(predicted)
         leaf = predicted.predictions.detach().requires_grad_()
         with torch.enable_grad():
             value = self.task_loss(leaf, predicted.target, predicted.weight)
@@ -152,12 +154,11 @@ class MetaLearner:
                 "`task_loss` cannot be differentiated: its value does not depend on the predictions by operations "
                 "that torch differentiates. Leave out `argmax`, rounding, `detach` and NumPy."
             )
-        if self.loss is not None:
-            self._check_pairs(predicted)
 
     def _check_pairs(self, predicted: Predicted) -> None:
         predictions = predicted.predictions.detach()
         try:
+            self.task.check_values(predictions, predicted.target)
             self.task.pairs(predictions, predicted.target, predicted.weight)
         except ValueError as error:
             if isinstance(self.config.task_loss, str) or not self.config.own_loss:
@@ -169,8 +170,6 @@ class MetaLearner:
                 "from `adalfl_predict` the output that is compared with the target, and a `task_loss` of that.",
                 stacklevel=2,
             )
-            return
-        self.task.check_values(predictions, predicted.target)
 
     def end_base_step(self, step: BaseStep, meta_batches: Any = None) -> None:
         """Count a base step that has been taken; take the meta step if one is due.
