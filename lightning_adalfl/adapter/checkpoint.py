@@ -41,6 +41,11 @@ def load(learner: MetaLearner, checkpoint: dict[str, Any]) -> list[dict[str, Any
     return processes if is_whole else None
 
 
+def without_global(processes: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Return the random states of the processes but for those of the whole run."""
+    return None if processes is None else [{**process, "global": None} for process in processes]
+
+
 def learner_of(checkpoint: dict[str, Any]) -> MetaLearner | None:
     """Return the learner that a checkpoint was written with, if any."""
     state = checkpoint.get(KEY)
@@ -52,10 +57,13 @@ def _learner_state(state: Any) -> Any:
 
 
 def resume(module: Any, run: OnlineRun, processes: list[dict[str, Any]] | None) -> None:
-    """Go on where the checkpoint's run was, if this fit resumes one."""
+    """Go on where the checkpoint's run was, if this fit resumes one, or a tuner puts it back."""
     trainer = module.trainer
-    if processes is None or trainer.ckpt_path is None or len(processes) != trainer.world_size:
+    if processes is None or len(processes) != trainer.world_size:
         return
     here = processes[module.global_rank]
-    run.load_state_dict(here["run"])
-    RandomState.from_plain(here["global"], module.device).restore()
+    if here["global"] is None:
+        run.load_state_dict(here["run"])
+    elif trainer.ckpt_path is not None:
+        run.load_state_dict(here["run"])
+        RandomState.from_plain(here["global"], module.device).restore()

@@ -220,8 +220,12 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         if self.adalfl is None:
             self.adalfl = checkpoints.learner_of(checkpoint)
-        elif self.adalfl is not None:
-            self._adalfl_processes = checkpoints.load(self.adalfl, checkpoint)
+            return
+        self._adalfl_processes = checkpoints.load(self.adalfl, checkpoint)
+        if self._adalfl_run is not None:
+            # A tuner puts back what it has moved; the random numbers of the run go on.
+            self._adalfl_processes = checkpoints.without_global(self._adalfl_processes)
+            self._adalfl_close()
 
     def teardown(self, stage: str) -> None:
         """Let go of what belongs to this fit alone."""
