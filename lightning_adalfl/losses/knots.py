@@ -52,14 +52,13 @@ class KnotGradient(OutputGradient):
             wanted = torch.eye(classes, dtype=grid.dtype, device=grid.device).repeat_interleave(KNOTS, dim=0)
         self._knots = loss.pair_gradient(at_knots, wanted)
         self._table = self._functions(self._knots.value)
-        value = torch.zeros_like(self._prediction)
+        self.value = torch.empty_like(self._prediction, memory_format=torch.contiguous_format)
         for part, group, base, weights in self._parts():
             first = group * KNOTS + base
             total = torch.zeros_like(weights[0])
             for i, weight in enumerate(weights):
                 total.addcmul_(weight, self._table[first + i])
-            value.view(-1)[part] = total
-        self.value = value
+            self.value.view(-1)[part] = total
 
     def _functions(self, at_knots: Tensor) -> Tensor:
         """Return the values at the knots function by function, flat."""

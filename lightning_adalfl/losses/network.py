@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_adalfl.checks import one_of, positive_number
 from lightning_adalfl.losses.learned_loss import LearnedLoss
-from lightning_adalfl.losses.output_gradient import OutputGradient
+from lightning_adalfl.losses.output_gradient import OutputGradient, in_chunks
 
 WEIGHT_INITS = ("kaiming_normal", "xavier_uniform")  # as torch.nn.init has them
 MAX_CLASSES = 100
@@ -154,7 +154,8 @@ class LossNetwork(LearnedLoss):
 
     def pair_gradient(self, prediction: Tensor, target: Tensor) -> OutputGradient:
         """Return it by hand, for the paper's activation; autograd takes three times as long for so small a network."""
-        if self.activation == "smooth_leaky_relu" and self.output_activation is None:
+        is_own = type(self).pairwise is LossNetwork.pairwise  # and not that of a subclass
+        if is_own and self.activation == "smooth_leaky_relu" and self.output_activation is None:
             return NetworkGradient(self, prediction, target)
         return super().pair_gradient(prediction, target)
 
@@ -184,30 +185,26 @@ class NetworkGradient(OutputGradient):
         self._loss = loss
         self._like = prediction.detach()
         self._p, self._y = _rows(self._like), _rows(target.detach())
-        # What fits the cache of a processor is fastest there; an accelerator wants larger pieces.
-        pairs = 1 << (13 if prediction.device.type == "cpu" else 17)
-        self._size = max(1, pairs // self._p.shape[1])
-        self._only: _Pass | None = None
+        # One pass is kept for the second derivative; of several, each is taken again, so that memory does not grow.
+        self._kept: _Pass | None = None
+        value = torch.empty_like(self._p)
         with torch.no_grad():
-            value = torch.cat([part.by_prediction() for part in self._passes(keep=True)])
+            for part, result in self._passes(value):
+                result.copy_(part.by_prediction())
         self.value = _from_rows(value, self._like)
 
-    def _passes(self, keep: bool = False) -> Iterator[_Pass]:
-        if self._only is not None:
-            yield self._only
-            return
-        for p, y in zip(self._p.split(self._size), self._y.split(self._size)):
-            part = _Pass(self._loss, p, y)
-            if keep and len(p) == len(self._p):
-                self._only = part
-            yield part
+    def _passes(self, others: Tensor) -> Iterator[tuple[_Pass, Tensor]]:
+        """Yield the passes through the chunks of the pairs, each with its part of ``others``."""
+        for p, y, other in in_chunks(self._p, self._y, others):
+            part = self._kept or _Pass(self._loss, p, y)
+            self._kept = part if len(p) == len(self._p) else None
+            yield part, other
 
     @torch.no_grad()
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ Σ_i tangent_i · value_i``."""
-        phi = self._loss.phi()
-        total = {name: torch.zeros_like(p) for name, p in phi.items()}
-        for part, weight in zip(self._passes(), _rows(tangent).split(self._size)):
+        total = {name: torch.zeros_like(p) for name, p in self._loss.phi().items()}
+        for part, weight in self._passes(_rows(tangent)):
             for name, gradient in part.by_phi(weight.reshape(-1, 1)).items():
                 if name in total:
                     total[name] += gradient

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 16  # pairs that are evaluated at once
+# Pairs that are evaluated at once: what fits the cache of a processor, and more on an accelerator.
+CHUNKS = {"cpu": 1 << 13}
+CHUNK = 1 << 17
 
 
 def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -17,7 +19,8 @@ def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     Args:
         *tensors: The pairs, (N, ...), first, then others of that length.
     """
-    rows = max(1, CHUNK * len(tensors[0]) // tensors[0].numel())
+    first = tensors[0]
+    rows = max(1, CHUNKS.get(first.device.type, CHUNK) * len(first) // first.numel())
     return zip(*(tensor.split(rows) for tensor in tensors))
 
 
@@ -55,7 +58,10 @@ class AutogradGradient(OutputGradient):
         self._pairwise = pairwise
         self._phi = dict(phi)
         self._pairs = prediction.detach(), target.detach()
-        self.value = torch.cat([self._gradient(p, y, False) for p, y in in_chunks(*self._pairs)])
+        # Filled in place: small results between large temporary ones would break up the memory.
+        self.value = torch.empty_like(self._pairs[0])
+        for f, y, part in in_chunks(*self._pairs, self.value):
+            part.copy_(self._gradient(f, y, False))
 
     def _gradient(self, prediction: Tensor, target: Tensor, create_graph: bool) -> Tensor:
         with torch.enable_grad():
