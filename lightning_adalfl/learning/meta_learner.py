@@ -408,7 +408,7 @@ class MetaLearner:
         values = dict(state["config"])
         if state["loss"] is not None:
             # φ is in the state, which must load where the file that it began with is not.
-            values["loss"] = LearnedLoss.rebuild(state["loss"], state["phi"])  # type: ignore[type-abstract]
+            values["loss"] = LearnedLoss.rebuild(state["loss"], state["phi"])
         learner = cls(AdaLFLConfig.from_dict(values))
         if isinstance(state["config"].get("loss"), str):
             learner.config = replace(learner.config, loss=state["config"]["loss"])
