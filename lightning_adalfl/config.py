@@ -101,8 +101,10 @@ class AdaLFLConfig:
             raise ValueError(f"`meta_data` must be 'val', 'train', an index from 0 or a loader; got {self.meta_data}.")
         if isinstance(self.hypergradient, str):
             one_of("hypergradient", self.hypergradient, WAYS)
-        elif not callable(self.hypergradient):
-            raise TypeError(f"`hypergradient` must be one of {WAYS} or a JacobianProduct; got {self.hypergradient!r}.")
+        elif isinstance(self.hypergradient, type) or not callable(self.hypergradient):
+            raise TypeError(
+                f"`hypergradient` must be one of {WAYS} or an instance of JacobianProduct; got {self.hypergradient!r}."
+            )
         if isinstance(self.task_loss, str) and self.task_loss not in TASK_LOSSES:
             object.__setattr__(self, "task_loss", _imported(self.task_loss))
         elif not isinstance(self.task_loss, str) and not callable(self.task_loss):
@@ -151,8 +153,8 @@ class AdaLFLConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, fit for a checkpoint, a YAML file or a logger.
 
-        A function or class becomes its import path, a learned loss its description. What has neither (a lambda, a
-        loader) becomes ``{"given": ...}``, which :meth:`from_dict` refuses by name: it must be given again there.
+        A function or class becomes its import path. What has none (a lambda, a loader, a learned loss) becomes
+        ``{"given": ...}``, which :meth:`from_dict` refuses by name: it must be given again there.
         """
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         if callable(self.task_loss):
