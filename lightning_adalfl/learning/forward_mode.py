@@ -79,7 +79,7 @@ class ForwardMode(JacobianProduct):
             except NotImplementedError as error:
                 raise _no_forward_mode(error) from error
             except RuntimeError as error:
-                if "forward AD" not in str(error) and "forward mode" not in str(error):
+                if not any(words in str(error) for words in ("forward AD", "forward mode", "does not require grad")):
                     raise
                 raise _no_forward_mode(error) from error
             if any(tangent is None for tangent in tangents):
@@ -100,10 +100,12 @@ def _load_decompositions() -> None:
 
 
 def _no_forward_mode(error: Exception) -> ForwardModeError:
+    reason = str(error).splitlines()[0]
+    other = ", or 'finite_difference', which needs no derivative but holds for smooth operations only"
+    # The backward of a user's own Function may be another than its forward's, which a difference does not see.
     return ForwardModeError(
-        "an operation of the model has no forward-mode derivative "
-        f"({str(error).splitlines()[0]}); choose `hypergradient='reverse'`, a second backward, or "
-        "'finite_difference', which needs no derivative but holds for smooth operations only."
+        f"an operation of the model has no forward-mode derivative ({reason}); choose `hypergradient='reverse'`, a second "
+        f"backward{'' if 'autograd.Function' in reason else other}."
     )
 
 
