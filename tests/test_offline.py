@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import lightning as L
@@ -191,13 +191,16 @@ def test_it_steps_at_the_rates_of_the_base_optimizer_and_trains_what_that_trains
 class OwnReset(Plain):
     """With a draw of its own, which stands in the module itself."""
 
+    draws: ClassVar[list[float]] = []
+
     def adalfl_reset_parameters(self) -> None:
-        self.draws = [*getattr(self, "draws", []), torch.rand(1).item()]
+        self.draws.append(torch.rand(1).item())
         for p in self.model.parameters():
             nn.init.normal_(p, std=0.1)
 
 
 def test_a_reset_of_the_users_own_is_called_before_each_step(tmp_path: Any) -> None:
+    OwnReset.draws.clear()
     module = make(adaptive(OwnReset), adalfl=fixed())
     before = tensors(module)
     initialise(tmp_path, module, AdaLFLInit(steps=3), limit_train_batches=0)

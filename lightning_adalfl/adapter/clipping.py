@@ -25,14 +25,14 @@ class NotedClipping:
     ) -> None:
         """Clip as the module does, and note how, so that the hypergradient passes through it."""
         own = super().configure_gradient_clipping  # type: ignore[misc]
-        arguments = (optimizer, gradient_clip_val, gradient_clip_algorithm)
+        how = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
         run = self._adalfl_online()  # type: ignore[attr-defined]
         if is_own(own) or not run.wants_clipping:
-            own(*arguments)
+            own(optimizer, **how)
             return
         run.clipping = None
         with clipping_seen(run.base_step.parameters) as seen:
-            own(*arguments)
+            own(optimizer, **how)
         if run.clipping is None and seen.clipping is not None:
             run.note_clipping(seen.clipping)
 

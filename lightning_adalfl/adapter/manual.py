@@ -29,11 +29,11 @@ class ManualRun(OnlineRun):
             step: Runs it on ``batch``.
             batch: What it is given.
         """
-        due, before = self._begin(), self._own_work() if self._is_own is None else None
+        way, before = self._begin(), self._own_work() if self._is_own is None else None
         if self.learner.config.meta_every is None and self._is_checked and not self._bends:
             output = step()
         else:
-            with self._observer.observing(batch, self.base_step.jvp if due else None):
+            with self._observer.observing(batch, way):
                 output = step()
         loss = loss_of(output)
         has_loss = isinstance(loss, Tensor) and loss.requires_grad
@@ -63,7 +63,7 @@ class ManualRun(OnlineRun):
             return
         backward(self._descent(loss, found).loss)
         # A second forward on this batch must not be taken for the first.
-        self._observer.forget(step.jvp if self.learner.is_due else None)
+        self._observer.forget(self._way)
 
     def _check_descended(self) -> None:
         is_direct, self._backwards_stepped = self._backwards == self._backwards_stepped, self._backwards
@@ -102,6 +102,9 @@ class ManualOptimization:
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip where automatic optimization would: after a gradient scaler has taken its factor out."""
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
+        run = self._adalfl_online()  # type: ignore[attr-defined]
+        if optimizer is run.optimizer:
+            run.check_evaluation()
         if self._adalfl_takes_step:
             self.configure_gradient_clipping(  # type: ignore[attr-defined]
                 optimizer, gradient_clip_val=None, gradient_clip_algorithm=None

@@ -28,7 +28,6 @@ from lightning_adalfl.adapter.offline import draw_parameters
 from lightning_adalfl.adapter.online import OnlineRun
 from lightning_adalfl.adapter.refusals import (
     base_optimizer,
-    check_module,
     check_trainer,
     checked_predict,
     watched_metrics,
@@ -266,8 +265,6 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
         optimizer = base_optimizer(trainer, learner)
         if run is None or run.trainer is not trainer or run.optimizer is not optimizer:
             self._adalfl_close()
-            if learner.config.meta_every is not None:
-                check_module(self, optimizer)  # type: ignore[arg-type]
             owners = [base for base in type(self).__mro__ if "adalfl_predict" in base.__dict__]
             predict = checked_predict(self)
             kind = OnlineRun if self.automatic_optimization else ManualRun  # type: ignore[attr-defined]

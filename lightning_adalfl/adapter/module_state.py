@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+T = TypeVar("T")
 _CONTAINERS = (list, dict, set, deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # What torch itself keeps there; its contents have owners of their own.
@@ -53,6 +54,19 @@ class ModuleState:
             return state
         known = {(id(m), name): (value, content) for m, name, value, content in state}
         return [(m, name, *known.get((id(m), name), (_ABSENT, None))) for m, name in self._names]
+
+    def replayed(self, function: Callable[..., T], state: list[tuple[nn.Module, str, Any, Any]]) -> Callable[..., T]:
+        """Return a function that runs under a state from before; the present one is put back."""
+
+        def run(*args: Any) -> T:
+            now = self.capture()
+            self.restore(self.narrowed(state))
+            try:
+                return function(*args)
+            finally:
+                self.restore(now)
+
+        return run
 
     @staticmethod
     def restore(state: list[tuple[nn.Module, str, Any, Any]]) -> None:

@@ -20,6 +20,7 @@ from lightning_adalfl.adapter.meta_batches import (
     derived_seed,
     transferred_meta_batch,
 )
+from lightning_adalfl.adapter.module_state import ModuleState
 from lightning_adalfl.adapter.plugins import LossScale, broadcast, mean_over_processes
 from lightning_adalfl.learning.base_step import BaseStep
 from lightning_adalfl.learning.meta_learner import MetaLearner
@@ -75,6 +76,10 @@ class OfflinePhase:
         self._sgd = torch.optim.SGD(groups, lr=self._rates[0])
         self._steps = [learner.new_base_step(module, self._sgd, predict) for _ in range(inner_steps)]
         self._initial = {name: tensor.detach().clone() for name, tensor in _state(module).items()}
+        # What the module keeps beside them, such as a hidden state.
+        self._attributes = ModuleState(module.modules())
+        self._initial_attributes = self._attributes.capture()
+        self._is_first = True
         self._reduce = mean_over_processes(self.trainer)
         self._base_scale, self._meta_scale = LossScale(self.trainer), LossScale(self.trainer)
         broadcast(learner, self.trainer)
@@ -93,7 +98,13 @@ class OfflinePhase:
         return found.task_loss
 
     def _inner_step(self, step: BaseStep) -> None:
+        before = self._attributes.capture()
         step.forward(transferred(self.module, next(self.train_batches), True))
+        if self._is_first:
+            self._attributes.find_changing(before)
+            self._is_first = False
+        recorded = step.forwards[-1].recorded
+        recorded.replay = self._attributes.replayed(recorded.replay, before)
         loss = step.descend(self.learner.objective, self.learner.task.loss)
         while True:
             scale = self._base_scale.value
@@ -118,6 +129,7 @@ class OfflinePhase:
     def _reset(self) -> None:
         for name, tensor in _state(self.module).items():
             tensor.copy_(self._initial[name])
+        self._attributes.restore(self._attributes.narrowed(self._initial_attributes))
         if self._is_fresh:
             # A seed of its own for each draw, the same on every process.
             seed = int(torch.randint(2**31, (), generator=self._draws))
@@ -168,11 +180,13 @@ def draw_parameters(module: nn.Module) -> None:
 
 @contextmanager
 def untouched(module: Any) -> Iterator[None]:
-    """Give back parameters, buffers, gradients, modes and every random state as they were before the body."""
+    """Give back parameters, buffers, gradients, modes, attributes and random states as they were before the body."""
     with torch.no_grad():
         before = {name: tensor.detach().clone() for name, tensor in _state(module).items()}
     gradients = [(p, p.grad) for p in module.parameters()]
     modes = [(m, m.training) for m in module.modules()]
+    kept = ModuleState(module.modules())
+    attributes = kept.capture()
     module.train()
     try:
         with RandomState.capture(module.device).replayed():
@@ -185,6 +199,7 @@ def untouched(module: Any) -> Iterator[None]:
             parameter.grad = gradient
         for submodule, mode in modes:
             submodule.training = mode
+        kept.restore(attributes)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

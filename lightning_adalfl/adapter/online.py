@@ -15,6 +15,7 @@ from lightning_adalfl.adapter.meta_batches import MASKS, EndlessBatches, derived
 from lightning_adalfl.adapter.plugins import LossScale, broadcast, mean_over_processes, own_scale
 from lightning_adalfl.adapter.user_step import Found, StepObserver
 from lightning_adalfl.learning.base_step import BaseForward
+from lightning_adalfl.learning.jvp import JacobianProduct
 from lightning_adalfl.learning.meta_learner import MetaLearner
 from lightning_adalfl.learning.optimizer_vjp import Clipping
 from lightning_adalfl.learning.recorded_forward import Predict, RandomState, RandomStream
@@ -48,8 +49,8 @@ class OnlineRun:
         self.learner = learner
         self.optimizer = optimizer
         self._predict = predict
-        self.base_step = learner.new_base_step(module, optimizer, predict)
-        self._observer = StepObserver(module, predict, says_how, self.base_step.device, self.base_step.model.buffers)
+        self._says_how = says_how
+        self._refresh()
         # The order of the data must be one over processes; the dropout masks need not.
         self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**31))
         self.batches: EndlessBatches | None = None
@@ -63,7 +64,7 @@ class OnlineRun:
         self._clipped: list[Tensor] | None = None
         self._rates: list[Any] = []
         self._others: list[tuple[Tensor, Tensor]] = []
-        self._is_checked = False
+        self._is_checked = self._is_evaluated = False
         broadcast(learner, self.trainer)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -77,6 +78,25 @@ class OnlineRun:
         self.base_step.clear()
         self._observer.end()
 
+    def _refresh(self) -> None:
+        """Make what looks into the module: its parts, and what the optimizer trains of them."""
+        self.base_step = self.learner.new_base_step(self.module, self.optimizer, self._predict)
+        device, buffers = self.base_step.device, self.base_step.model.buffers
+        self._observer = StepObserver(self.module, self._predict, self._says_how, device, buffers)
+        self._structure = self._structure_now()
+
+    def _structure_now(self) -> list[tuple[int, ...]]:
+        parts = [
+            (id(part), hash(name), id(p)) for part in self.module.modules() for name, p in part._parameters.items()
+        ]
+        trained = [(id(p),) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        return [*parts, *trained]
+
+    def _refresh_if_changed(self) -> None:
+        # A callback may have unfrozen layers, which the optimizer trains from now on, or pruned weights.
+        if self.learner.is_due and not self.base_step.forwards and self._structure_now() != self._structure:
+            self._refresh()
+
     # In the training step.
 
     def run(self, step: Callable[[], Any], batch: Any) -> tuple[Any, Descent | None]:
@@ -86,10 +106,10 @@ class OnlineRun:
             step: Runs it on ``batch``.
             batch: What it is given.
         """
-        due = self._begin()
-        if self._is_checked and not due and not self._bends:
+        way = self._begin()
+        if self._is_checked and way is None and not self._bends:
             return step(), None
-        with self._observer.observing(batch, self.base_step.jvp if due else None):
+        with self._observer.observing(batch, way):
             output = step()
         loss = loss_of(output)
         found = None
@@ -99,19 +119,21 @@ class OnlineRun:
         self._observer.end()
         return output, descent
 
-    def _begin(self) -> bool:
-        """Make ready for a training step; return whether its base step is followed by a meta step."""
-        learner, step = self.learner, self.base_step
+    def _begin(self) -> JacobianProduct | None:
+        """Make ready for a training step; return the way in which its forward will be evaluated again, if it will."""
+        step = self.base_step
         # Of a step that ended in an error, nothing is left to go backward from.
         step.forwards = [f for f in step.forwards if f.descent is not None and f.descent.scale is not None]
         if step.forwards and all(p.grad is None for p in step.parameters):
             step.clear()  # as the user has done, in whatever way
-        if learner.is_due and self._has_new_parameters():
-            # A callback that unfreezes layers has given the optimizer more to train.
-            step.clear()
-            self.base_step = learner.new_base_step(self.module, self.optimizer, self._predict)
+        self._refresh_if_changed()
         torch.clear_autocast_cache()
-        return learner.is_due
+        return self._way
+
+    @property
+    def _way(self) -> JacobianProduct | None:
+        is_first = not self._is_evaluated and self.learner.config.meta_every is not None
+        return self.base_step.jvp if self.learner.is_due or is_first else None
 
     def _descent(self, loss: Tensor, found: Found) -> Descent:
         if not self._is_checked:
@@ -131,11 +153,27 @@ class OnlineRun:
         objective = self.learner.objective
         return self.learner.loss is not None and not (isinstance(objective, BentLoss) and objective.is_zero)
 
-    def _has_new_parameters(self) -> bool:
-        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-        return [id(p) for p in trained] != [id(p) for p in self.base_step.parameters]
-
     # Around the optimizer's step.
+
+    def check_evaluation(self) -> None:
+        """Evaluate a forward before the first step is taken, so that what cannot be evaluated is refused there."""
+        step = self.base_step
+        if self._is_evaluated or not step.forwards:
+            return
+        self._is_evaluated = True
+        self._check_reached()
+        gradients = {i: p.grad for i, p in enumerate(step.parameters) if p.grad is not None}
+        if not gradients:
+            return
+        if any(gradient.is_sparse for gradient in gradients.values()):
+            raise ValueError(
+                "a gradient is sparse, which has no hypergradient; build the embedding with `sparse=False`."
+            )
+        values = {i: step.parameters[i].detach() for i in gradients}
+        context = self.trainer.precision_plugin.train_step_context()
+        with context, self._observer.state_kept(), self._others_put_back():
+            step.jvp.check(step.model, step.forwards[-1].recorded, values)
+            step.jvp(step.model, step.forwards[-1].recorded, values, list(gradients.values()))
 
     def zero_grad(self) -> None:
         """Forget the forwards whose gradients are about to be cleared."""
@@ -164,6 +202,7 @@ class OnlineRun:
             for group, (_, scaled) in zip(optimizer.param_groups, self._rates):
                 group["lr"] = scaled
         if self.learner.is_due:
+            self._refresh_if_changed()
             self.base_step.before_step()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -187,7 +226,7 @@ class OnlineRun:
         step.clear()
         learner.count_base_step(step.parameters)
         # In manual optimization a step may be followed by another on the same batch.
-        self._observer.expect(step.jvp if learner.is_due else None)
+        self._observer.expect(self._way)
 
     def _check_descended(self) -> None:
         """Raise unless the gradient of a step came from a loss that was descended; in automatic optimization it did."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adalfl.adapter.lightning_private import is_a
@@ -22,17 +22,6 @@ def check_trainer(trainer: Any) -> None:
             f"AdaLFL does not work with {type(strategy).__name__}: the hypergradient needs every parameter whole on "
             "each device. Use one device or `Trainer(strategy='ddp')`."
         )
-
-
-def check_module(module: nn.Module, optimizer: Optimizer) -> None:
-    """Raise a ``ValueError`` if a layer that is trained has sparse gradients."""
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, part in module.named_modules():
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse and id(part.weight) in trained:
-            raise ValueError(
-                f"the gradient of `{name}` is sparse, which has no hypergradient here; build the embedding with "
-                "`sparse=False`."
-            )
 
 
 def learner_of(module: Any, who: str) -> MetaLearner:

@@ -278,16 +278,12 @@ class StepObserver:
         calls, state, start, batch = self._calls, self._state, self._start, self._batch
 
         def replay(using: Using) -> Sequence[Tensor]:
-            now = state.capture()
-            state.restore(state.narrowed(start["state"]))
-            try:
-                copied = map_tensors(lambda t: t, batch)
-                return calls.evaluate(lambda: self._predict(copied), answers, wanted, using)
-            finally:
-                state.restore(now)
+            copied = map_tensors(lambda t: t, batch)
+            return calls.evaluate(lambda: self._predict(copied), answers, wanted, using)
 
-        outputs = [o.detach() for o in predicted.outputs]
-        return RecordedForward(replay, start["random"], start["buffers"], outputs, predicted.target, predicted.weight)
+        outputs, (target, weight) = [o.detach() for o in predicted.outputs], (predicted.target, predicted.weight)
+        replayed = state.replayed(replay, start["state"])
+        return RecordedForward(replayed, start["random"], start["buffers"], outputs, target, weight)
 
 
 def _has_parameters(predictions: Tensor) -> bool:
