@@ -33,7 +33,7 @@ class BaseForward:
     """One of the forwards that a base step takes its gradient from.
 
     Attributes:
-        recorded: What is needed to evaluate it again, or ``None`` where no hypergradient is wanted.
+        recorded: What is needed to evaluate it again.
         predicted: Its predictions.
         descent: What its backward descends, once that is known.
         gradient: m as a differentiable function of predictions, target and weight, where L_u was given as a function.
@@ -67,6 +67,7 @@ class BaseStep:
             ``x, y = batch; return model(x), y``.
         jvp: How the hypergradient will be computed: ``"forward"`` (exact, forward-mode AD), ``"finite_difference"``
             (one more forward, no AD), ``"reverse"`` (exact, a double backward), or a :class:`JacobianProduct`.
+        check: Called with what the first forward predicts, before it has any part in training.
 
     Attributes:
         forwards: Since the last step.
@@ -84,6 +85,7 @@ class BaseStep:
         optimizer: Optimizer,
         predict: Predict | None = None,
         jvp: str | JacobianProduct = "forward",
+        check: Callable[[Predicted], None] | None = None,
     ) -> None:
         self.jvp = jvp if isinstance(jvp, JacobianProduct) else WAYS[one_of("jvp", jvp, WAYS)]()
         self.optimizer = optimizer
@@ -103,7 +105,8 @@ class BaseStep:
         self._gradients: list[Tensor] = []
         self._clipping: Clipping | None = None
         self._vjp: OptimizerVJP | None = None
-        self._is_checked = False
+        self._check = check
+        self._is_repeatable = False
 
     def forward(self, batch: Any) -> tuple[Tensor, ...]:
         """Predict on ``batch`` at θ_t; the predictions carry the graph for the base backward."""
@@ -111,7 +114,11 @@ class BaseStep:
         torch.clear_autocast_cache()
         with self.jvp.keeping(self.module) as kept:
             recorded, found = self.model.record(batch, self.device, kept)
-        self.observe(recorded, Predicted.direct(*found))
+        predicted = Predicted.direct(*found)
+        if self._check is not None:
+            self._check(predicted)
+            self._check = None
+        self.observe(recorded, predicted)
         return found
 
     def observe(self, recorded: RecordedForward, predicted: Predicted) -> None:
@@ -217,9 +224,9 @@ class BaseStep:
         Raises:
             ValueError: If the forward cannot be run again with the same result.
         """
-        if not self._is_checked:
+        if not self._is_repeatable:
             self.jvp.check(self.model, forward.recorded, self.values_before())
-            self._is_checked = True
+            self._is_repeatable = True
         return self.jvp(self.model, forward.recorded, self.values_before(), direction)
 
     def clear(self) -> None:

@@ -104,8 +104,8 @@ def _no_forward_mode(error: Exception) -> ForwardModeError:
     other = ", or 'finite_difference', which needs no derivative but holds for smooth operations only"
     # The backward of a user's own Function may be another than its forward's, which a difference does not see.
     return ForwardModeError(
-        f"an operation of the model has no forward-mode derivative ({reason}); choose `hypergradient='reverse'`, a second "
-        f"backward{'' if 'autograd.Function' in reason else other}."
+        f"an operation of the model has no forward-mode derivative ({reason}); choose `hypergradient='reverse'`, a "
+        f"second backward{'' if 'autograd.Function' in reason else other}."
     )
 
 

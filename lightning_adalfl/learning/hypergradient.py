@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ from lightning_adalfl.losses.descent import Descent
 from lightning_adalfl.losses.training_objective import BatchLoss
 
 AllReduce = Callable[[list[Tensor]], None]
+
+
+class Scale(Protocol):
+    """A factor on the task loss against underflow of its gradient in half precision."""
+
+    value: float
+
+    def fits(self, gradients: Sequence[Tensor]) -> bool:
+        """Return whether the gradients may be used; if not, the factor is smaller now and they are taken again."""
 
 
 @dataclass

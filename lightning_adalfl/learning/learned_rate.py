@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_adalfl.learning.hypergradient import Hypergradient
 
@@ -37,6 +39,18 @@ class LearnedRate:
     def scale(self) -> float:
         """exp(s); it is read from the device."""
         return float(self.log_scale.detach().exp())
+
+    @contextmanager
+    def applied_to(self, optimizer: Optimizer) -> Iterator[None]:
+        """Let an optimizer step with its learning rates times exp(s) in the body, as in a loop of one's own."""
+        rates, scale = [group["lr"] for group in optimizer.param_groups], self.scale
+        try:
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * scale
+            yield
+        finally:
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate
 
     @torch.no_grad()
     def along(self, before: Sequence[Tensor]) -> list[Tensor] | None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,25 +12,18 @@ from torch.optim import Optimizer
 
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.learning.base_step import BaseStep
-from lightning_adalfl.learning.hypergradient import AllReduce, Hypergradient, hypergradient
+from lightning_adalfl.learning.beginning import check_pairs, check_task_loss, initial_objective
+from lightning_adalfl.learning.hypergradient import AllReduce, Hypergradient, Scale, hypergradient
 from lightning_adalfl.learning.learned_rate import LearnedRate
+from lightning_adalfl.learning.learner_state import configurations_of, state_of, take_over
 from lightning_adalfl.learning.recorded_forward import Predict
 from lightning_adalfl.learning.torch_private import norm
-from lightning_adalfl.losses.learned_loss import LearnedLoss
+from lightning_adalfl.learning.undo import Undo
 from lightning_adalfl.losses.predicted import Predicted
 from lightning_adalfl.losses.tasks import task_named
-from lightning_adalfl.losses.training_objective import BentLoss, LearnedAlone, OwnLoss, TrainingObjective
+from lightning_adalfl.losses.training_objective import BentLoss, OwnLoss
 
 RATE_HORIZON = 100  # base steps
-
-
-class Scale(Protocol):
-    """A factor on the task loss against underflow of its gradient in half precision."""
-
-    value: float
-
-    def fits(self, gradients: Sequence[Tensor]) -> bool:
-        """Return whether the gradients may be used; if not, the factor is smaller now and they are taken again."""
 
 
 class MetaLearner:
@@ -54,11 +44,14 @@ class MetaLearner:
         config: The hyper-parameters.
 
     Attributes:
+        task_loss: L_T, a function of predictions, target and, where there is one, weight.
         objective: What trains the base model.
         loss: The learned loss, part of the objective; ``None`` if the learning rate alone is learned, or nothing.
         rate: The learned rate, or ``None``.
         base_steps: Base steps taken.
+        answered: Base steps up to the last one that a meta step followed.
         meta_steps: Meta steps taken in training.
+        skipped: Meta steps left out, since the hypergradient or the task loss was not finite.
         is_initialised: Whether φ needs no offline phase, since one has run or φ was given.
         scalars: The newest values of what is logged, by name.
         last_step: The newest hypergradient.
@@ -70,57 +63,23 @@ class MetaLearner:
     def __init__(self, config: AdaLFLConfig) -> None:
         self.config = config
         self.task = task_named(config.task, config.ignore_index)
-        self.loss: LearnedLoss | None = None
-        self.is_initialised = False
-        begins_at_zero = False
-        if config.learns_loss:
-            # φ has random numbers of its own, so that everything else is drawn as without it.
-            with torch.random.fork_rng(devices=[]):
-                self.loss, self.is_initialised = self._given_or_fresh()
-            is_instance = isinstance(config.loss, LearnedLoss)  # which is used as it is
-            begins_at_zero = config.own_loss and not self.is_initialised and not is_instance
-            if begins_at_zero:
-                self.loss.start_at_zero()
-            self.loss.pairing = self.task  # which knows what is to be left out
-        self.objective = self._objective(begins_at_zero)
+        known = {"bounded": self.task.bounded_loss, "handcrafted": self.task.loss}
+        self.task_loss = known[config.task_loss] if isinstance(config.task_loss, str) else config.task_loss
+        self.objective, self.is_initialised = initial_objective(config, self.task)
+        self.loss = self.objective.loss
         self.rate = LearnedRate(RATE_HORIZON if config.own_loss else 1) if config.learns_lr else None
-        self.base_steps = 0
-        self.meta_steps = 0
+        self.base_steps = self.answered = self.meta_steps = 0
         self.scalars: dict[str, Tensor] = {}
         self.last_step: Hypergradient | None = None
-        self._answered = 0  # base steps, counted up to the last one that a meta step followed
-        self._skipped = torch.zeros(())
+        self.skipped = torch.zeros(())
         self._has_warned = False
         self.start()
-
-    def _given_or_fresh(self) -> tuple[LearnedLoss, bool]:
-        given, task = self.config.loss, self.config.task
-        if isinstance(given, LearnedLoss):
-            return copy.deepcopy(given), False  # the configuration's may serve another learner
-        path = os.fspath(given)
-        if "." not in os.path.basename(path):
-            return LearnedLoss.named(path, task), False
-        try:
-            loss = LearnedLoss.load(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`loss` {path!r} cannot be used: {error}") from error
-        if loss.task != task:
-            raise ValueError(
-                f"`loss` {path!r} is for task {loss.task!r} and `task` is {task!r}: its predictions are of another "
-                "kind. Give a loss that was learned on the same kind of task."
-            )
-        return loss, True
-
-    def _objective(self, is_zero: bool) -> TrainingObjective:
-        if self.loss is None:
-            return OwnLoss()
-        return BentLoss(self.loss, is_zero) if self.config.own_loss else LearnedAlone(self.loss)
 
     # One step.
 
     def new_base_step(self, model: nn.Module, optimizer: Optimizer, predict: Predict | None = None) -> BaseStep:
         """Return what records base steps of ``optimizer``; φ moves to the device of the model."""
-        step = BaseStep(model, optimizer, predict, self.config.hypergradient)
+        step = BaseStep(model, optimizer, predict, self.config.hypergradient, self.check)
         self.to(step.device)
         return step
 
@@ -130,36 +89,11 @@ class MetaLearner:
         every = self.config.meta_every
         return every is not None and (self.base_steps + 1) % every == 0
 
-    def task_loss(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return L_T, a scalar."""
-        chosen = self.config.task_loss
-        if chosen == "bounded":
-            return self.task.bounded_loss(predictions, target, weight)
-        if chosen == "handcrafted":
-            return self.task.loss(predictions, target, weight)
-        return chosen(predictions, target) if weight is None else chosen(predictions, target, weight)  # type: ignore
-
     def check(self, predicted: Predicted) -> None:
         """Raise a ``ValueError`` unless a first batch of predictions and targets fits the task and the task loss."""
-        if self.loss is not None:
-            self._check_pairs(predicted)
-        leaf = predicted.predictions.detach().requires_grad_()
-        with torch.enable_grad():
-            value = self.task_loss(leaf, predicted.target, predicted.weight)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            kind = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"`task_loss` must return a scalar, the mean over the batch; got {kind}.")
-        if not value.requires_grad:
-            raise ValueError(
-                "`task_loss` cannot be differentiated: its value does not depend on the predictions by operations "
-                "that torch differentiates. Leave out `argmax`, rounding, `detach` and NumPy."
-            )
-
-    def _check_pairs(self, predicted: Predicted) -> None:
-        predictions = predicted.predictions.detach()
         try:
-            self.task.check_values(predictions, predicted.target)
-            self.task.pairs(predictions, predicted.target, predicted.weight)
+            if self.loss is not None:
+                check_pairs(self.task, predicted)
         except ValueError as error:
             if isinstance(self.config.task_loss, str) or not self.config.own_loss:
                 raise
@@ -170,15 +104,22 @@ class MetaLearner:
                 "from `adalfl_predict` the output that is compared with the target, and a `task_loss` of that.",
                 stacklevel=2,
             )
+        check_task_loss(self.task_loss, predicted)
 
     def end_base_step(self, step: BaseStep, meta_batches: Any = None) -> None:
         """Count a base step that has been taken; take the meta step if one is due.
 
         Args:
             step: The base step, recorded.
-            meta_batches: An iterator over held-out batches; one is drawn if it is needed.
+            meta_batches: An iterator over held-out batches that does not end; one is drawn if it is needed.
+
+        Raises:
+            TypeError: If a meta step is due, and that is no iterator.
         """
         if self.is_due and step.is_recorded:
+            if not isinstance(meta_batches, Iterator):
+                kind = type(meta_batches).__name__
+                raise TypeError(f"`meta_batches` must be an iterator, as `itertools.cycle(loader)` is one; got {kind}.")
             self.meta_step(step, next(meta_batches))
         step.clear()
         self.count_base_step(step.parameters)
@@ -224,11 +165,8 @@ class MetaLearner:
             if scale is None or scale.fits(tensors):
                 break
         self._note(found, last)
-        if self.learned:
-            self._move(found, max(1, self.base_steps + 1 - self._answered), all_reduce)
-        if self.rate is not None:
-            self.scalars["adalfl/lr_scale"] = self.rate.log_scale.detach().exp()
-        self._answered = self.base_steps + 1  # the step under way is counted when it ends
+        self._move(found, max(1, self.base_steps + 1 - self.answered), all_reduce)
+        self.answered = self.base_steps + 1  # the step under way is counted when it ends
         self.meta_steps += 1
         self.last_step = found
         return found
@@ -237,11 +175,10 @@ class MetaLearner:
         learned, gradients = self.learned, dict(found.loss)
         if self.rate is not None:
             gradients["log_lr_scale"] = self.rate.gradient(found)
+        if not gradients:
+            return
         size = norm(list(gradients.values()))
-        is_finite = torch.isfinite(size + found.task_loss.to(size))
-        self.scalars["adalfl/meta_grad_norm"] = size
-        before = [p.detach().clone() for p in learned.values()]
-        moments = self._moments()
+        undo = Undo(self._optimizer)
         for k in range(moves):
             if k and self.loss is not None:
                 again = found.at_present()
@@ -254,24 +191,14 @@ class MetaLearner:
             self._optimizer.zero_grad()
             if isinstance(self.objective, BentLoss):
                 self.objective.is_zero = False
-        with torch.no_grad():
-            is_finite = is_finite & torch.isfinite(norm([p.detach() for p in learned.values()]))
-            for p, old in zip(learned.values(), before):
-                p.copy_(torch.where(is_finite, p, old))
-            for key, new in self._moments().items():
-                new.copy_(torch.where(is_finite, new, moments.get(key, torch.zeros_like(new))))
-            self._skipped = self._skipped.to(is_finite.device) + (~is_finite).float()
-        self.scalars["adalfl/skipped_meta_steps"] = self._skipped
-
-    def _moments(self) -> dict[tuple[int, str], Tensor]:
-        """Return the meta optimizer's state that lies beside φ; its counters may lie elsewhere."""
-        device = next(iter(self.learned.values())).device
-        return {
-            (id(p), key): value
-            for p, state in self._optimizer.state.items()
-            for key, value in state.items()
-            if isinstance(value, Tensor) and value.device == device and value.is_floating_point()
-        }
+        moved = norm([p.detach() for p in learned.values()])
+        is_finite = torch.isfinite(size + found.task_loss.to(size) + moved.to(size))
+        undo.unless(is_finite)
+        self.skipped = self.skipped.to(is_finite.device) + (~is_finite).float()
+        self.scalars["adalfl/meta_grad_norm"] = size
+        self.scalars["adalfl/skipped_meta_steps"] = self.skipped
+        if self.rate is not None:
+            self.scalars["adalfl/lr_scale"] = self.rate.log_scale.detach().exp()
 
     def _note(self, found: Hypergradient, step: BaseStep) -> None:
         """Take in the scalars that are logged."""
@@ -286,12 +213,12 @@ class MetaLearner:
 
     def warn_of_skipped(self) -> None:
         """Warn once if a meta step was left out; it reads a number from the device."""
-        if not self._has_warned and int(self._skipped):
+        if not self._has_warned and int(self.skipped):
             self._has_warned = True
             warnings.warn(
                 f"A meta step before base step {self.base_steps} was left out, since the hypergradient or the task "
-                "loss on the meta batch was not finite. Look for such values in the data, lower the base learning rate, or "
-                "clip the gradient. Further ones are counted in `adalfl/skipped_meta_steps`.",
+                "loss on the meta batch was not finite. Look for such values in the data, lower the base learning "
+                "rate, or clip the gradient. Further ones are counted in `adalfl/skipped_meta_steps`.",
                 stacklevel=2,
             )
 
@@ -323,7 +250,7 @@ class MetaLearner:
         """Take over what an offline phase has learned: training begins with fresh moments, and counts from zero."""
         self.start()
         self.is_initialised = True
-        self.meta_steps = self._answered = 0
+        self.meta_steps = self.answered = 0
         self.scalars = {}
 
     @torch.no_grad()
@@ -348,97 +275,25 @@ class MetaLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return φ, the meta optimizer and counters, in plain containers."""
-        return {
-            "config": self.config.to_dict(),
-            "loss": None if self.loss is None else self.loss.describe(),
-            "phi": {} if self.loss is None else {n: t.detach().clone() for n, t in self.loss.state_dict().items()},
-            "is_zero": isinstance(self.objective, BentLoss) and self.objective.is_zero,
-            "rate": None if self.rate is None else self.rate.state_dict(),
-            "meta_optimizer": self._optimizer.state_dict(),
-            "base_steps": self.base_steps,
-            "meta_steps": self.meta_steps,
-            "answered": self._answered,
-            "skipped_meta_steps": int(self._skipped),
-            "is_initialised": self.is_initialised,
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the state is damaged, of another version, or of another kind of learned loss; nothing of it
-                is taken over then.
+            ValueError: If the state is damaged, or of another kind of learned loss; nothing is taken over then.
         """
-        _check_state(state)
-        before = copy.deepcopy(self.state_dict())
-        try:
-            self._load(state)
-        except Exception as error:  # whatever torch makes of entries that are not its own
-            self._load(before)
-            raise error if isinstance(error, ValueError) else ValueError(_UNREADABLE) from error
-
-    def _load(self, state: Mapping[str, Any]) -> None:
-        if (self.loss is None) != (state["loss"] is None) or (self.rate is None) != (state["rate"] is None):
-            raise ValueError(
-                f"the checkpoint was written with `learn={state['config'].get('learn')!r}` and this learner has "
-                f"`learn={self.config.learn!r}`; give the configuration that it was trained with."
-            )
-        if self.loss is not None:
-            try:
-                self.loss.load_state_dict(state["phi"])
-            except RuntimeError as error:
-                raise ValueError(f"the checkpoint's φ does not fit `loss={self.config.loss!r}`: {error}") from error
-            if isinstance(self.objective, BentLoss):
-                self.objective.is_zero = bool(state["is_zero"])
-        if self.rate is not None:
-            self.rate.load_state_dict(state["rate"])
-        try:
-            self._optimizer.load_state_dict(state["meta_optimizer"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"the checkpoint's meta optimizer does not fit this learner: {error}") from error
-        self.base_steps, self.meta_steps = state["base_steps"], state["meta_steps"]
-        self._answered = state["answered"]
-        self._skipped = torch.tensor(float(state["skipped_meta_steps"]))
-        self.is_initialised = state["is_initialised"]
+        take_over(self, state)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> MetaLearner:
         """Return the learner that :meth:`state_dict` was called on."""
-        _check_state(state)
-        values = dict(state["config"])
-        if state["loss"] is not None:
-            # φ is in the state, which must load where the file that it began with is not.
-            values["loss"] = LearnedLoss.rebuild(state["loss"], state["phi"])
-        learner = cls(AdaLFLConfig.from_dict(values))
-        if isinstance(state["config"].get("loss"), str):
-            learner.config = replace(learner.config, loss=state["config"]["loss"])
+        written, held = configurations_of(state)
+        learner = cls(held)
+        learner.config = written
         learner.load_state_dict(state)
         return learner
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the module, as weight averaging makes one, has no part in the step that is under way.
         return {**self.__dict__, "last_step": None, "scalars": {}}
-
-
-_UNREADABLE = (
-    "the checkpoint's entry 'adalfl' cannot be read: it is damaged or of another version of lightning_adalfl. Take "
-    "another checkpoint, or delete the entry to train with a new learned loss."
-)
-_COUNTS = ("base_steps", "meta_steps", "answered", "skipped_meta_steps")
-
-
-def _check_state(state: Any) -> None:
-    """Raise unless ``state`` has the structure of a learner's; shapes are left to who loads them."""
-    is_whole = (
-        isinstance(state, Mapping)
-        and isinstance(state.get("config"), Mapping)
-        and isinstance(state.get("phi"), Mapping)
-        and all(isinstance(value, Tensor) for value in state["phi"].values())
-        and isinstance(state.get("meta_optimizer"), Mapping)
-        and {"param_groups", "state"} <= set(state["meta_optimizer"])
-        and {"loss", "rate", "is_zero"} <= set(state)
-        and all(type(state.get(name)) is int and state[name] >= 0 for name in _COUNTS)
-        and isinstance(state.get("is_initialised"), bool)
-    )
-    if not is_whole:
-        raise ValueError(_UNREADABLE)
