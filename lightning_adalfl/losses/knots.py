@@ -12,9 +12,11 @@ from lightning_adalfl.losses.output_gradient import OutputGradient
 from lightning_adalfl.losses.tasks import Pairs
 
 KNOTS = 257
+_WINDOWS = KNOTS - 3  # of four knots each
 # A pair looked up costs about this part of one evaluated.
-LOOKUP_COST = 0.1
-_CHUNK = 1 << 20
+_LOOKUP_COST = 0.1
+# Takes the values at 0, 1, 2 and 3 to the coefficients of the cubic through them.
+_CUBIC = torch.linalg.inv(torch.vander(torch.arange(4.0, dtype=torch.float64), increasing=True))
 
 
 def pair_gradient(loss: LearnedLoss, pairs: Pairs) -> OutputGradient:
@@ -22,8 +24,8 @@ def pair_gradient(loss: LearnedLoss, pairs: Pairs) -> OutputGradient:
     if pairs.is_binary and pairs.prediction.ndim > 1:
         outputs = pairs.prediction.shape[1]
         knots = KNOTS * (outputs**2 if loss.tells_apart(outputs) else 2)
-        if knots < (1.0 - LOOKUP_COST) * pairs.prediction.numel():
-            return KnotGradient(loss, pairs.prediction, pairs.target)
+        if knots < (1.0 - _LOOKUP_COST) * pairs.prediction.numel():
+            return KnotGradient(loss, pairs)
     return loss.pair_gradient(pairs.prediction, pairs.target)
 
 
@@ -35,64 +37,89 @@ class KnotGradient(OutputGradient):
 
     Args:
         loss: ℓ_φ.
-        prediction: Probabilities, (N, C, ...).
-        target: Zeros and ones, for a loss that tells classes apart one-hot along dimension 1.
+        pairs: With targets that are 0 or 1 by their kind; (N, C, ...).
     """
 
-    def __init__(self, loss: LearnedLoss, prediction: Tensor, target: Tensor) -> None:
-        self._prediction, self._target = prediction.detach(), target.detach()
-        classes = prediction.shape[1]
+    def __init__(self, loss: LearnedLoss, pairs: Pairs) -> None:
+        self._pairs, p = pairs, pairs.prediction.detach()
+        # What fits the cache of a processor is fastest there; an accelerator wants larger pieces.
+        self._chunk = 1 << (16 if p.device.type == "cpu" else 22)
+        classes = p.shape[1]
         self._classes = classes if loss.tells_apart(classes) else None
-        grid = torch.linspace(0.0, 1.0, KNOTS, dtype=prediction.dtype, device=prediction.device)
+        grid = torch.linspace(0.0, 1.0, KNOTS, dtype=p.dtype, device=p.device)
         if self._classes is None:
             at_knots = grid.unsqueeze(1).expand(-1, 2)
-            wanted = torch.tensor([0.0, 1.0], dtype=grid.dtype, device=grid.device).expand(KNOTS, -1)
+            wanted = grid.new_tensor([0.0, 1.0]).expand(KNOTS, -1)
         else:
             at_knots = grid.repeat(classes).unsqueeze(1).expand(-1, classes)  # (label · knot, output)
-            wanted = torch.eye(classes, dtype=grid.dtype, device=grid.device).repeat_interleave(KNOTS, dim=0)
+            wanted = torch.eye(classes, dtype=p.dtype, device=p.device).repeat_interleave(KNOTS, dim=0)
         self._knots = loss.pair_gradient(at_knots, wanted)
-        self._table = self._functions(self._knots.value)
-        self.value = torch.empty_like(self._prediction, memory_format=torch.contiguous_format)
-        for part, group, base, weights in self._parts():
-            first = group * KNOTS + base
-            total = torch.zeros_like(weights[0])
-            for i, weight in enumerate(weights):
-                total.addcmul_(weight, self._table[first + i])
-            self.value.view(-1)[part] = total
-
-    def _functions(self, at_knots: Tensor) -> Tensor:
-        """Return the values at the knots function by function, flat."""
-        if self._classes is None:
-            return at_knots.T.reshape(-1)
-        return at_knots.view(self._classes, KNOTS, self._classes).transpose(1, 2).reshape(-1)
-
-    def _parts(self) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor]]]:
-        """Yield a chunk of the pairs, which function each has, its first knot, and the weights of four knots."""
-        p, y = self._prediction.reshape(-1), self._target
-        groups = y.reshape(-1) if self._classes is None else self._pairs_of_classes().reshape(-1)
-        for start in range(0, p.numel(), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            x = p[part] * (KNOTS - 1)
-            base = (x.long() - 1).clamp_(0, KNOTS - 4)
-            u = x - base
-            v, w, z = u - 1, u - 2, u - 3
-            weights = [v * w * z / -6, u * w * z / 2, u * v * z / -2, u * v * w / 6]
-            yield part, groups[part].long(), base, weights
+        values = self._knots.value.view(-1, KNOTS, wanted.shape[1]).transpose(1, 2).reshape(-1, KNOTS)
+        # Of each function and window the four coefficients, (4, functions · windows).
+        self._table = (values.unfold(1, 4, 1) @ _CUBIC.to(values).T).permute(2, 0, 1).reshape(4, -1).contiguous()
+        if self._classes is not None:
+            self.value = self._looked_up(p, self._pairs_of_classes())
+        elif pairs.labels is not None:
+            self.value = self._looked_up(p, None)
+            of_label = self._looked_up(p.gather(1, pairs.labels.unsqueeze(1)), None, function=1)
+            self.value.scatter_(1, pairs.labels.unsqueeze(1), of_label)
+        else:
+            self.value = self._looked_up(p, pairs.target.long() * _WINDOWS)
 
     def _pairs_of_classes(self) -> Tensor:
-        classes = self._target.shape[1]
-        shape = (1, -1, *[1] * (self._target.ndim - 2))
-        outputs = torch.arange(classes, device=self._target.device).view(shape)
-        return self._target.argmax(1, keepdim=True) * classes + outputs
+        """Return where the functions of the pairs of classes begin, of the shape of the pairs."""
+        pairs, classes = self._pairs, self._pairs.prediction.shape[1]
+        labels = pairs.target.argmax(1) if pairs.labels is None else pairs.labels
+        outputs = torch.arange(classes, device=labels.device).view(1, -1, *[1] * (labels.ndim - 1))
+        return (labels.unsqueeze(1) * classes + outputs) * _WINDOWS
+
+    def _chunks(self, p: Tensor, starts: Tensor | None, other: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        parts = p.reshape(-1).split(self._chunk)
+        begins = [None] * len(parts) if starts is None else starts.reshape(-1).split(self._chunk)
+        return zip(parts, begins, other.reshape(-1).split(self._chunk))
+
+    @staticmethod
+    def _places(p: Tensor, starts: Tensor | None, function: int) -> tuple[Tensor, Tensor]:
+        """Return in which window of the table a probability lies, and where in it, in [0, 3]."""
+        x = p * (KNOTS - 1)
+        window = (x.long() - 1).clamp_(0, _WINDOWS - 1)
+        u = x.sub_(window)
+        if starts is not None:
+            window += starts
+        return window.add_(function * _WINDOWS) if function else window, u
+
+    def _looked_up(self, p: Tensor, starts: Tensor | None, function: int = 0) -> Tensor:
+        value = torch.empty_like(p, memory_format=torch.contiguous_format)
+        for part, begin, into in self._chunks(p, starts, value):
+            window, u = self._places(part, begin, function)
+            torch.index_select(self._table[3], 0, window, out=into)
+            for k in (2, 1, 0):
+                into.mul_(u).add_(self._table[k].index_select(0, window))
+        return value
+
+    def _spread(self, moments: Tensor, p: Tensor, tangent: Tensor, starts: Tensor | None, function: int = 0) -> None:
+        """Add the tangents to the coefficients that they meet."""
+        for part, begin, weight in self._chunks(p, starts, tangent):
+            window, u = self._places(part, begin, function)
+            for k in range(4):
+                moments[k].index_add_(0, window, weight)
+                weight = weight * u if k < 3 else weight
 
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ Σ_i tangent_i · value_i``."""
-        flat, at_knots = tangent.reshape(-1), torch.zeros_like(self._table)
-        for part, group, base, weights in self._parts():
-            first = group * KNOTS + base
-            for i, weight in enumerate(weights):
-                at_knots.index_add_(0, first + i, weight * flat[part])
-        if self._classes is None:
-            return self._knots.vjp(at_knots.view(2, KNOTS).T)
-        back = at_knots.view(self._classes, self._classes, KNOTS).transpose(1, 2)
-        return self._knots.vjp(back.reshape(-1, self._classes))
+        pairs, p, moments = self._pairs, self._pairs.prediction.detach(), torch.zeros_like(self._table)
+        if self._classes is not None:
+            self._spread(moments, p, tangent, self._pairs_of_classes())
+        elif pairs.labels is not None:
+            labels = pairs.labels.unsqueeze(1)
+            of_label = tangent.gather(1, labels)
+            self._spread(moments, p, tangent.scatter(1, labels, 0.0), None)
+            self._spread(moments, p.gather(1, labels), of_label, None, function=1)
+        else:
+            self._spread(moments, p, tangent, pairs.target.long() * _WINDOWS)
+        by_window = torch.einsum("kn,ki->ni", moments, _CUBIC.to(moments)).view(-1, _WINDOWS, 4)
+        at_knots = by_window.new_zeros(len(by_window), KNOTS)
+        for i in range(4):
+            at_knots[:, i : i + _WINDOWS] += by_window[:, :, i]
+        functions = 2 if self._classes is None else self._classes
+        return self._knots.vjp(at_knots.view(-1, functions, KNOTS).transpose(1, 2).reshape(-1, functions))

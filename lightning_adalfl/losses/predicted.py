@@ -79,16 +79,24 @@ class LearnedGradient:
     """
 
     def __init__(self, loss: LearnedLoss, predicted: Predicted, by_outputs: bool) -> None:
+        self._loss = loss
         with without_autocast(predicted.predictions.device), torch.no_grad():
             predictions = predicted.predictions.detach().to(loss.dtype)
-            pairs = loss.pairing.pairs(predictions, predicted.target, predicted.weight)
-            weight = pairs.weight / loss.outputs(pairs.prediction) if by_outputs else pairs.weight
-            self._task, self._prediction, self._weight = loss.pairing, pairs.prediction, weight.to(loss.dtype)
-            self._gradient = pair_gradient(loss, pairs)
-            self.value = self._task.link_vjp(self._prediction, self._gradient.value * self._weight)
+            self._pairs = loss.pairing.pairs(predictions, predicted.target, predicted.weight)
+            weight = self._pairs.weight
+            self._weight = (weight / loss.outputs(self._pairs.prediction) if by_outputs else weight).to(loss.dtype)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in that φ has moved."""
+        with without_autocast(self._weight.device), torch.no_grad():
+            self._gradient = pair_gradient(self._loss, self._pairs)
+            by_pairs = self._gradient.value * self._weight
+            self.value = self._loss.pairing.link_vjp(self._pairs.prediction, by_pairs)
 
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ ⟨value, tangent⟩``."""
         with without_autocast(tangent.device), torch.no_grad():
-            at_pairs = self._task.link_vjp(self._prediction, tangent.to(self._prediction.dtype))
+            prediction = self._pairs.prediction
+            at_pairs = self._loss.pairing.link_vjp(prediction, tangent.to(prediction.dtype))
             return self._gradient.vjp(at_pairs * self._weight)

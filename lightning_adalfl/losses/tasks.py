@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +16,35 @@ from lightning_adalfl.checks import one_of
 BOUNDED_EXPONENT = 0.7
 
 
-class Pairs(NamedTuple):
+class Pairs:
     """Predictions and targets as the pairs (f_i, y_i) that a learned loss scores.
 
-    Attributes:
+    Args:
         prediction: Probabilities for classification, raw values for regression.
-        target: The same shape; in {0, 1} for classification, or probabilities.
+        target: The same shape; in {0, 1} for classification, or probabilities. ``None`` where ``labels`` say it.
         weight: What each pair counts in a mean over the batch, of a shape that broadcasts to theirs.
+        labels: Class indices, where they are known: the target is one for that class, along dimension 1.
         is_binary: Whether the targets are 0 or 1 by their kind, and not only in this batch.
     """
 
-    prediction: Tensor
-    target: Tensor
-    weight: Tensor
-    is_binary: bool
+    def __init__(
+        self,
+        prediction: Tensor,
+        target: Tensor | None,
+        weight: Tensor,
+        labels: Tensor | None = None,
+        is_binary: bool = False,
+    ) -> None:
+        self.prediction, self.weight, self.labels = prediction, weight, labels
+        self.is_binary = is_binary or labels is not None
+        self._target = target
+
+    @property
+    def target(self) -> Tensor:
+        """The targets; one-hot ones are made when they are asked for, since there may be many classes."""
+        if self._target is None and self.labels is not None:
+            self._target = torch.zeros_like(self.prediction).scatter_(1, self.labels.unsqueeze(1), 1.0)
+        return self._target  # type: ignore[return-value]
 
 
 class Task(ABC):
@@ -117,10 +132,9 @@ class Multiclass(Task):
     def pairs(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Pairs:
         """Return softmax probabilities and one-hot targets; the mean is over instances, the sum over classes."""
         paired, counts = self._prepared(predictions, target, weight)
-        is_binary = not paired.is_floating_point()
-        if is_binary:
-            paired = torch.zeros_like(predictions).scatter_(1, paired.unsqueeze(1), 1.0)
-        return Pairs(predictions.softmax(1), paired, counts.unsqueeze(1), is_binary)
+        if paired.is_floating_point():
+            return Pairs(predictions.softmax(1), paired, counts.unsqueeze(1))
+        return Pairs(predictions.softmax(1), None, counts.unsqueeze(1), labels=paired)
 
     def link_vjp(self, prediction: Tensor, gradient: Tensor) -> Tensor:
         """Return it through the softmax."""
@@ -195,7 +209,7 @@ class _Sigmoid(_OneShape):
     def pairs(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Pairs:
         """Return sigmoid probabilities and targets."""
         paired, counts = self._prepared(predictions, target, weight)
-        return Pairs(predictions.sigmoid(), paired, counts, not target.is_floating_point())
+        return Pairs(predictions.sigmoid(), paired, counts, is_binary=not target.is_floating_point())
 
     def link_vjp(self, prediction: Tensor, gradient: Tensor) -> Tensor:
         """Return it through the sigmoid."""
@@ -235,7 +249,7 @@ class Regression(_OneShape):
 
     def pairs(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Pairs:
         """Return them as they are."""
-        return Pairs(predictions, *self._prepared(predictions, target, weight), False)
+        return Pairs(predictions, *self._prepared(predictions, target, weight))
 
     def link_vjp(self, prediction: Tensor, gradient: Tensor) -> Tensor:
         """Return it as it is."""

@@ -102,7 +102,10 @@ class _BentDescent(Descent):
             self.refresh()
 
     def refresh(self) -> None:
-        self._learned = LearnedGradient(self._learned_loss, self.predicted, by_outputs=False)
+        if self._learned is None:
+            self._learned = LearnedGradient(self._learned_loss, self.predicted, by_outputs=False)
+        else:
+            self._learned.refresh()
         self._rho = self.predicted.pulled(self._learned.value)
 
     def _bend(self, i: int) -> Tensor | None:
