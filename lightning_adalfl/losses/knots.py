@@ -54,17 +54,25 @@ class KnotGradient(OutputGradient):
             at_knots = grid.repeat(classes).unsqueeze(1).expand(-1, classes)  # (label · knot, output)
             wanted = torch.eye(classes, dtype=p.dtype, device=p.device).repeat_interleave(KNOTS, dim=0)
         self._knots = loss.pair_gradient(at_knots, wanted)
-        values = self._knots.value.view(-1, KNOTS, wanted.shape[1]).transpose(1, 2).reshape(-1, KNOTS)
+        self.value = self._interpolated(self._knots.value)
+
+    def losses(self) -> Tensor:
+        """Return them by lookup too."""
+        return self._interpolated(self._knots.losses())
+
+    def _interpolated(self, at_knots: Tensor) -> Tensor:
+        """Return at the pairs what is known at the knots."""
+        pairs, p = self._pairs, self._pairs.prediction.detach()
+        values = at_knots.view(-1, KNOTS, at_knots.shape[1]).transpose(1, 2).reshape(-1, KNOTS)
         # Of each function and window the four coefficients, (4, functions · windows).
-        self._table = (values.unfold(1, 4, 1) @ _CUBIC.to(values).T).permute(2, 0, 1).reshape(4, -1).contiguous()
+        table = (values.unfold(1, 4, 1) @ _CUBIC.to(values).T).permute(2, 0, 1).reshape(4, -1).contiguous()
         if self._classes is not None:
-            self.value = self._looked_up(p, self._pairs_of_classes())
-        elif pairs.labels is not None:
-            self.value = self._looked_up(p, None)
-            of_label = self._looked_up(p.gather(1, pairs.labels.unsqueeze(1)), None, function=1)
-            self.value.scatter_(1, pairs.labels.unsqueeze(1), of_label)
-        else:
-            self.value = self._looked_up(p, pairs.target.long() * _WINDOWS)
+            return self._looked_up(table, p, self._pairs_of_classes())
+        if pairs.labels is None:
+            return self._looked_up(table, p, pairs.target.long() * _WINDOWS)
+        labels = pairs.labels.unsqueeze(1)
+        of_label = self._looked_up(table, p.gather(1, labels), None, function=1)
+        return self._looked_up(table, p, None).scatter_(1, labels, of_label)
 
     def _pairs_of_classes(self) -> Tensor:
         """Return where the functions of the pairs of classes begin, of the shape of the pairs."""
@@ -73,7 +81,9 @@ class KnotGradient(OutputGradient):
         outputs = torch.arange(classes, device=labels.device).view(1, -1, *[1] * (labels.ndim - 1))
         return (labels.unsqueeze(1) * classes + outputs) * _WINDOWS
 
-    def _chunks(self, p: Tensor, starts: Tensor | None, other: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    def _chunks(
+        self, p: Tensor, starts: Tensor | None, other: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         parts = p.reshape(-1).split(self._chunk)
         begins = [None] * len(parts) if starts is None else starts.reshape(-1).split(self._chunk)
         return zip(parts, begins, other.reshape(-1).split(self._chunk))
@@ -88,13 +98,13 @@ class KnotGradient(OutputGradient):
             window += starts
         return window.add_(function * _WINDOWS) if function else window, u
 
-    def _looked_up(self, p: Tensor, starts: Tensor | None, function: int = 0) -> Tensor:
+    def _looked_up(self, table: Tensor, p: Tensor, starts: Tensor | None, function: int = 0) -> Tensor:
         value = torch.empty_like(p, memory_format=torch.contiguous_format)
         for part, begin, into in self._chunks(p, starts, value):
             window, u = self._places(part, begin, function)
-            torch.index_select(self._table[3], 0, window, out=into)
+            torch.index_select(table[3], 0, window, out=into)
             for k in (2, 1, 0):
-                into.mul_(u).add_(self._table[k].index_select(0, window))
+                into.mul_(u).add_(table[k].index_select(0, window))
         return value
 
     def _spread(self, moments: Tensor, p: Tensor, tangent: Tensor, starts: Tensor | None, function: int = 0) -> None:
@@ -107,7 +117,8 @@ class KnotGradient(OutputGradient):
 
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ Σ_i tangent_i · value_i``."""
-        pairs, p, moments = self._pairs, self._pairs.prediction.detach(), torch.zeros_like(self._table)
+        pairs, p, functions = self._pairs, self._pairs.prediction.detach(), self._knots.value.numel() // KNOTS
+        moments = p.new_zeros(4, functions * _WINDOWS)
         if self._classes is not None:
             self._spread(moments, p, tangent, self._pairs_of_classes())
         elif pairs.labels is not None:
@@ -121,5 +132,5 @@ class KnotGradient(OutputGradient):
         at_knots = by_window.new_zeros(len(by_window), KNOTS)
         for i in range(4):
             at_knots[:, i : i + _WINDOWS] += by_window[:, :, i]
-        functions = 2 if self._classes is None else self._classes
-        return self._knots.vjp(at_knots.view(-1, functions, KNOTS).transpose(1, 2).reshape(-1, functions))
+        outputs = self._knots.value.shape[1]
+        return self._knots.vjp(at_knots.view(-1, outputs, KNOTS).transpose(1, 2).reshape(-1, outputs))

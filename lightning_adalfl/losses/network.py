@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_adalfl.checks import one_of, positive_number
 from lightning_adalfl.losses.learned_loss import LearnedLoss
-from lightning_adalfl.losses.output_gradient import OutputGradient, in_chunks
+from lightning_adalfl.losses.output_gradient import OutputGradient, evaluated, in_chunks
 
 WEIGHT_INITS = ("kaiming_normal", "xavier_uniform")  # as torch.nn.init has them
 MAX_CLASSES = 100
@@ -183,15 +183,19 @@ class NetworkGradient(OutputGradient):
 
     def __init__(self, loss: LossNetwork, prediction: Tensor, target: Tensor) -> None:
         self._loss = loss
-        self._like = prediction.detach()
-        self._p, self._y = _rows(self._like), _rows(target.detach())
+        self._pairs = prediction.detach(), target.detach()
+        self._p, self._y = map(_rows, self._pairs)
         # One pass is kept for the second derivative; of several, each is taken again, so that memory does not grow.
         self._kept: _Pass | None = None
         value = torch.empty_like(self._p)
         with torch.no_grad():
             for part, result in self._passes(value):
                 result.copy_(part.by_prediction())
-        self.value = _from_rows(value, self._like)
+        self.value = _from_rows(value, prediction)
+
+    def losses(self) -> Tensor:
+        """Return them chunk by chunk."""
+        return evaluated(self._loss.pairwise, *self._pairs)
 
     def _passes(self, others: Tensor) -> Iterator[tuple[_Pass, Tensor]]:
         """Yield the passes through the chunks of the pairs, each with its part of ``others``."""

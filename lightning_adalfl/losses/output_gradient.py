@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,18 @@ def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(rows) for tensor in tensors))
 
 
+def evaluated(function: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
+    """Return an element-wise function of pairs, chunk by chunk.
+
+    The result is filled in place: small parts of it between large temporary tensors would break up the memory.
+    """
+    result = torch.empty_like(prediction, memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        for f, y, part in in_chunks(prediction, target, result):
+            part.copy_(function(f, y))
+    return result
+
+
 class OutputGradient(ABC):
     """``∂ℓ_φ(y_i, f_i)/∂f_i`` of each pair, as a function of φ.
 
@@ -36,6 +49,10 @@ class OutputGradient(ABC):
     @abstractmethod
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ Σ_i tangent_i · value_i``, by the names of the parameters that learn."""
+
+    @abstractmethod
+    def losses(self) -> Tensor:
+        """Return ``ℓ_φ(y_i, f_i)`` of each pair, of their shape."""
 
 
 class AutogradGradient(OutputGradient):
@@ -58,10 +75,11 @@ class AutogradGradient(OutputGradient):
         self._pairwise = pairwise
         self._phi = dict(phi)
         self._pairs = prediction.detach(), target.detach()
-        # Filled in place: small results between large temporary ones would break up the memory.
-        self.value = torch.empty_like(self._pairs[0])
-        for f, y, part in in_chunks(*self._pairs, self.value):
-            part.copy_(self._gradient(f, y, False))
+        self.value = evaluated(partial(self._gradient, create_graph=False), *self._pairs)
+
+    def losses(self) -> Tensor:
+        """Return them chunk by chunk."""
+        return evaluated(self._pairwise, *self._pairs)
 
     def _gradient(self, prediction: Tensor, target: Tensor, create_graph: bool) -> Tensor:
         with torch.enable_grad():
@@ -76,7 +94,7 @@ class AutogradGradient(OutputGradient):
         """Return it by a second backward, chunk by chunk."""
         total = {name: torch.zeros_like(p) for name, p in self._phi.items()}
         for prediction, target, weight in in_chunks(*self._pairs, tangent):
-            gradient = self._gradient(prediction, target, True)
+            gradient = self._gradient(prediction, target, create_graph=True)
             if not total or not gradient.requires_grad:  # a loss that is linear in f has a gradient without φ
                 continue
             parts = torch.autograd.grad(gradient, list(self._phi.values()), weight, allow_unused=True)

@@ -94,6 +94,11 @@ class LearnedGradient:
             by_pairs = self._gradient.value * self._weight
             self.value = self._loss.pairing.link_vjp(self._pairs.prediction, by_pairs)
 
+    def loss(self) -> Tensor:
+        """Return the loss whose gradient this is, a scalar."""
+        with without_autocast(self._weight.device):
+            return (self._gradient.losses() * self._weight).sum()
+
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ ⟨value, tangent⟩``."""
         with without_autocast(tangent.device), torch.no_grad():

@@ -138,10 +138,7 @@ class _BentDescent(Descent):
         return learned.vjp(self.predicted.pushed(through))
 
     def value(self) -> Tensor:
-        learned, predicted = self._learned_loss, self.predicted
-        with torch.no_grad():
-            outputs = learned.outputs(predicted.predictions)
-            return self.loss.detach() + outputs * learned(predicted.predictions, predicted.target, predicted.weight)
+        return self.loss.detach() if self._learned is None else self.loss.detach() + self._learned.loss()
 
 
 class LearnedAlone(TrainingObjective):
@@ -168,13 +165,13 @@ class LearnedAlone(TrainingObjective):
 class _AloneDescent(Descent):
     def __init__(self, learned_loss: LearnedLoss, predicted: Predicted) -> None:
         self._learned_loss, self.predicted = learned_loss, predicted
-        self.refresh()
-        with torch.no_grad():
-            value = learned_loss(predicted.predictions, predicted.target, predicted.weight)
-        super().__init__(_KnownGradient.apply(value, len(self._m), *self._m, *predicted.outputs), predicted)
+        self._learned = LearnedGradient(learned_loss, predicted, by_outputs=True)
+        self._m = predicted.pulled(self._learned.value)
+        known = [*self._m, *predicted.outputs]
+        super().__init__(_KnownGradient.apply(self._learned.loss(), len(self._m), *known), predicted)
 
     def refresh(self) -> None:
-        self._learned = LearnedGradient(self._learned_loss, self.predicted, by_outputs=True)
+        self._learned.refresh()
         self._m = self.predicted.pulled(self._learned.value)
 
     def applied(self) -> list[Tensor]:
