@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_adalfl.losses.learned_loss import LearnedLoss
 from lightning_adalfl.losses.output_gradient import OutputGradient
-from lightning_adalfl.losses.tasks import Pairs
+from lightning_adalfl.losses.pairs import Pairs
 
 KNOTS = 257
 _WINDOWS = KNOTS - 3  # of four knots each
