@@ -15,11 +15,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from projects import UNBOUNDED, AdaSmooth, Keep, Smooth, config, points, trainer
-from torch import nn
+from projects import AdaSmooth, Keep, Smooth, config, phi, points, trainer
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_adalfl import AdaLFLInit, AdaLFLMixin
+from lightning_adalfl import AdaLFLMixin
+from lightning_adalfl.callbacks.adalfl_init import AdaLFLInit
 
 
 class Partial(Smooth):
@@ -34,21 +35,30 @@ class AdaPartial(AdaLFLMixin, Partial):
     """The same with a learned loss."""
 
 
+class AdaManual(AdaLFLMixin, Smooth):
+    """Takes its own steps."""
+
+    automatic_optimization = False
+
+    def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+
+
 class FirstGradients(Callback):
     """Keeps the base gradient of the first step, and the hypergradient through the first move of φ."""
 
     def __init__(self) -> None:
-        self.base: list[torch.Tensor] = []
-        self.learned: list[torch.Tensor] = []
+        self.base: list[Tensor] = []
+        self.learned: list[Tensor] = []
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if not self.base:
             self.base = [p.grad.detach().clone() for p in pl_module.model.parameters()]
-            self.before = [p.detach().clone() for p in pl_module.adalfl.parameters()]
+            self.before = phi(pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if not self.learned and pl_module.adalfl.meta_steps:
-            self.learned = [p - q.detach() for p, q in zip(self.before, pl_module.adalfl.parameters())]
+            self.learned = [self.before[name] - value for name, value in phi(pl_module).items()]
 
 
 def strategy(case: str) -> DDPStrategy:
@@ -57,41 +67,51 @@ def strategy(case: str) -> DDPStrategy:
     return DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment(), **options)
 
 
-def run(rank: int, world_size: int, folder: Path, case: str) -> None:
+def run(rank: int, world_size: int, folder: Path, case: str, ckpt: Path | None = None) -> None:
     """Train 20 steps and save what the process ended with."""
+    # The learner has random numbers of its own; those of each process are its own too.
     torch.manual_seed(rank)
+    joint = case.startswith("joint")
     # Cases that are compared with one process take all data in one batch, which no order changes.
-    joint = case == "joint"
-    learner = config(meta_optimizer="SGD", meta_lr=0.1, meta_data="train", **UNBOUNDED) if joint else config()
-    module = (AdaPartial if case == "unused" else AdaSmooth)(adalfl=learner)
+    options: dict[str, Any] = {"meta_optimizer": "SGD", "meta_lr": 0.1, "meta_data": "train"} if joint else {}
+    if case == "joint alone":
+        options |= {"own_loss": False, "loss": "paper"}
+    if case == "both":
+        options["learn"] = "both"
+    kind = {"unused": AdaPartial, "manual": AdaManual}.get(case, AdaSmooth)
+    module = kind(adalfl=config(**options))
     if joint:
         torch.manual_seed(0)
-        for parameter in module.parameters():
+        for parameter in [*module.parameters(), *module.adalfl.loss.parameters()]:
             nn.init.normal_(parameter, std=0.3)
+        module.adalfl.set_phi(module.adalfl.loss.state_dict())
         torch.manual_seed(rank)
     size = 96 // world_size if joint else 12
     dtype = torch.float64 if joint else torch.float32
     train = DataLoader(points(96, dtype=dtype), size, shuffle=not joint)
     val = DataLoader(points(32, 1, dtype), 8)
     gradients = FirstGradients()
-    callbacks = [gradients, Keep(folder / case, [20])]
-    options: dict[str, Any] = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2 if case == "accumulated" else 1}
-    options["precision"] = "64-true" if joint else "32-true"
+    callbacks: list[Any] = [gradients, *([Keep(folder / case)] if ckpt is None else [])]
+    t_options: dict[str, Any] = {"precision": "64-true" if joint else "32-true"}
+    if case != "manual":
+        t_options |= {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2 if case == "accumulated" else 1}
     if not joint:
         callbacks.append(AdaLFLInit(steps=5, lr=1e-2))
     if world_size > 1:
-        options |= {"strategy": strategy(case), "devices": world_size}
-    t = trainer(folder, max_epochs=-1, max_steps=20, callbacks=callbacks, **options)
-    t.fit(module, train, val)
+        t_options |= {"strategy": strategy(case), "devices": world_size}
+    # With a number of steps, Lightning itself resumes with another order of the data.
+    t_options |= {"max_epochs": 5} if case == "plain" else {"max_epochs": -1, "max_steps": 20}
+    t = trainer(folder, callbacks=callbacks, **t_options)
+    t.fit(module, train, val, ckpt_path=ckpt)
     saved = {
-        "theta": {n: p.detach() for n, p in module.named_parameters() if not n.startswith("adalfl.")},
-        "phi": {n: p.detach() for n, p in module.adalfl.named_parameters()},
+        "theta": {name: p.detach() for name, p in module.named_parameters()},
+        "phi": phi(module),
         "meta_steps": module.adalfl.meta_steps,
         "base_gradient": gradients.base,
         "hypergradient": gradients.learned,
         "drawn": torch.rand(1),
     }
-    torch.save(saved, folder / f"{case}-{rank}.pt")
+    torch.save(saved, folder / f"{case}-{rank}{'' if ckpt is None else '-resumed'}.pt")
 
 
 if __name__ == "__main__":
@@ -100,5 +120,7 @@ if __name__ == "__main__":
     os.environ.update(WORLD_SIZE=str(world_size))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    folder = Path(sys.argv[4])
     for case in sys.argv[5:]:
-        run(rank, world_size, Path(sys.argv[4]), case)
+        run(rank, world_size, folder, case)
+    run(rank, world_size, folder, "plain", folder / "plain" / "epoch=1.ckpt")

@@ -25,6 +25,7 @@ from lightning_adalfl.adapter.plugins import LossScale, broadcast, mean_over_pro
 from lightning_adalfl.learning.base_step import BaseStep
 from lightning_adalfl.learning.meta_learner import MetaLearner
 from lightning_adalfl.learning.recorded_forward import Predict, RandomState
+from lightning_adalfl.learning.torch_private import checkpoints_not_reentrant
 
 
 class OfflinePhase:
@@ -99,31 +100,36 @@ class OfflinePhase:
 
     def _inner_step(self, step: BaseStep) -> None:
         before = self._attributes.capture()
-        step.forward(transferred(self.module, next(self.train_batches), True))
+        # No `backward`: a distributed module, which is about to train, would take the gradients for its own.
+        with checkpoints_not_reentrant():
+            step.forward(transferred(self.module, next(self.train_batches), True))
+            self._take_gradients(step)
         if self._is_first:
             self._attributes.find_changing(before)
             self._is_first = False
         recorded = step.forwards[-1].recorded
         recorded.replay = self._attributes.replayed(recorded.replay, before)
-        loss = step.descend(self.learner.objective, self.learner.task.loss)
-        while True:
-            scale = self._base_scale.value
-            for parameter in step.parameters:
-                parameter.grad = None
-            (loss * scale).backward(retain_graph=self._base_scale.is_needed)
-            gradients = [p.grad for p in step.parameters if p.grad is not None]
-            if scale != 1.0:
-                torch._foreach_div_(gradients, scale)
-            if self._reduce is not None:
-                self._reduce(gradients)
-            if self._base_scale.fits(gradients):
-                break
-            step.forwards[-1].descent = None
-            loss = step.descend(self.learner.objective, self.learner.task.loss)
-        step.loss_scale = scale
         for group, rate in zip(self._sgd.param_groups, self._rates):
             group["lr"] = rate * self.learner.lr_scale
         step.step()
+
+    def _take_gradients(self, step: BaseStep) -> None:
+        while True:
+            loss, scale = step.descend(self.learner.objective, self.learner.task.loss), self._base_scale.value
+            gradients = torch.autograd.grad(
+                loss * scale, step.parameters, retain_graph=self._base_scale.is_needed, allow_unused=True
+            )
+            known = [gradient for gradient in gradients if gradient is not None]
+            if scale != 1.0:
+                torch._foreach_div_(known, scale)
+            if self._reduce is not None:
+                self._reduce(known)
+            if self._base_scale.fits(known):
+                break
+            step.forwards[-1].descent = None
+        step.loss_scale = scale
+        for parameter, gradient in zip(step.parameters, gradients):
+            parameter.grad = gradient
 
     @torch.no_grad()
     def _reset(self) -> None:
