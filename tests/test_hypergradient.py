@@ -402,11 +402,13 @@ def test_an_inner_loop_is_plain_descent(name: str) -> None:
         Problem(optimizer=functools.partial(build, name, 1), inner=2).by_engine("forward")
 
 
-def test_an_inner_loop_needs_the_own_loss_as_a_function() -> None:
+def test_an_inner_loop_needs_the_own_loss_as_a_function_of_the_predictions_alone() -> None:
+    with pytest.raises(ValueError, match="depends on the parameters otherwise than by the predictions, as a p"):
+        Problem(inner=2, own_loss=weight_decay).by_engine("forward")
     problem = Problem(inner=2)
     _, steps = problem.recorded("forward")
     for step in steps:
-        step.forwards[0].gradient = None
+        step.forwards[0].own_loss = None
     with pytest.raises(ValueError, match="need the own loss as a function; pass `descend` one"):
         hypergradient(steps, problem.task_loss, problem.meta_batch)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,13 +35,15 @@ class BaseForward:
         recorded: What is needed to evaluate it again.
         predicted: Its predictions.
         descent: What its backward descends, once that is known.
-        gradient: m as a differentiable function of predictions, target and weight, where L_u was given as a function.
+        objective: What trains, and
+        own_loss: L_u as a function of predictions, target and weight, where it was given as one.
     """
 
     recorded: RecordedForward
     predicted: Predicted
     descent: Descent | None = None
-    gradient: Callable[..., Tensor] | None = None
+    objective: TrainingObjective | None = None
+    own_loss: BatchLoss | None = None
 
 
 class BaseStep:
@@ -131,7 +132,7 @@ class BaseStep:
         Args:
             objective: What trains.
             own_loss: L_u, with its graph to what :meth:`forward` returned; or a function of predictions, target and,
-                where there is one, weight, as inner loops need it.
+                where there is one, weight, as inner loops need it: there of nothing else.
 
         Raises:
             ValueError: If there was no forward since the last call.
@@ -141,7 +142,7 @@ class BaseStep:
         last = self.forwards[-1]
         predicted = last.predicted
         if not isinstance(own_loss, Tensor):
-            last.gradient = partial(objective.gradient, own_loss)
+            last.objective, last.own_loss = objective, own_loss
             weight = [] if predicted.weight is None else [predicted.weight]
             own_loss = own_loss(predicted.outputs[0], predicted.target, *weight)
         last.descent = objective.descend(own_loss, predicted)

@@ -13,7 +13,7 @@ from torch.optim import SGD
 
 from lightning_adalfl.learning.base_step import BaseForward, BaseStep
 from lightning_adalfl.learning.jvp import run_plain
-from lightning_adalfl.learning.torch_private import checkpoints_not_reentrant, dot
+from lightning_adalfl.learning.torch_private import checkpoints_not_reentrant, dot, leaves_of_graph
 from lightning_adalfl.losses.descent import Descent
 from lightning_adalfl.losses.training_objective import BatchLoss
 
@@ -195,15 +195,22 @@ def _before(step: BaseStep, vector: Sequence[Tensor], scale: float, u: Sequence[
 
 def _curvature_times(step: BaseStep, forward: BaseForward, u: Sequence[Tensor]) -> list[Tensor]:
     """Return ``(∂g/∂θ)ᵀ u`` of the gradient g that one forward has given, over the active parameters."""
-    slope, recorded = forward.gradient, forward.recorded
-    if slope is None:
+    objective, own_loss, recorded = forward.objective, forward.own_loss, forward.recorded
+    if objective is None or own_loss is None:
         raise ValueError("the steps of an inner loop need the own loss as a function; pass `descend` one.")
+    weight = [] if recorded.weight is None else [recorded.weight]
     values = {i: p.detach().requires_grad_() for i, p in step.values_before().items()}
     theta = list(values.values())
 
     def of_outputs(outputs: list[Tensor]) -> list[Tensor]:
         (f,) = outputs
-        m = slope(f, recorded.target, recorded.weight)
+        own = own_loss(f.detach().requires_grad_(), recorded.target, *weight)
+        if {id(p) for p in leaves_of_graph(own)} & {id(p) for p in (*theta, *step.parameters)}:
+            raise ValueError(
+                "the own loss of an inner loop depends on the parameters otherwise than by the predictions, as a "
+                "penalty does, which is not followed from step to step. Leave that out of the function."
+            )
+        m = objective.gradient(own_loss, f, recorded.target, recorded.weight)
         gradients = torch.autograd.grad(f, theta, m, create_graph=True, allow_unused=True)
         pairs = [(g, t) for g, t in zip(gradients, u) if g is not None and g.requires_grad]
         if not pairs:
