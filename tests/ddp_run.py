@@ -19,8 +19,7 @@ from projects import AdaSmooth, Keep, Smooth, config, phi, points, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_adalfl import AdaLFLMixin
-from lightning_adalfl.callbacks.adalfl_init import AdaLFLInit
+from lightning_adalfl import AdaLFLInit, AdaLFLMixin
 
 
 class Partial(Smooth):

@@ -37,7 +37,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, RandomSampler
 
-from lightning_adalfl.callbacks.adalfl_init import AdaLFLInit
+from lightning_adalfl import AdaLFLInit
 
 
 def fit(folder: Path, module: Any, **options: Any) -> Path:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_adalfl.callbacks.adalfl_init import AdaLFLInit
+from lightning_adalfl import AdaLFLInit
 
 
 def marked(value: float) -> list[DataLoader]:

@@ -42,10 +42,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_adalfl import AdaLFLConfig
+from lightning_adalfl import AdaLFLConfig, AdaLFLInit
 from lightning_adalfl.adapter.meta_batches import META, OFFLINE_BASE, OFFLINE_META, EndlessBatches, derived_seed
 from lightning_adalfl.adapter.private_loader import private_copy
-from lightning_adalfl.callbacks.adalfl_init import AdaLFLInit
 
 NO_VALIDATION = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 

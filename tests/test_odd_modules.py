@@ -25,8 +25,7 @@ from projects import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_adalfl import AdaLFLConfig
-from lightning_adalfl.callbacks.adalfl_init import AdaLFLInit
+from lightning_adalfl import AdaLFLConfig, AdaLFLInit
 
 
 class Tied(Plain):

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_adalfl import AdaLFLConfig
+from lightning_adalfl import AdaLFLConfig, AdaLFLInit
 from lightning_adalfl.adapter.meta_batches import train_loader
 from lightning_adalfl.adapter.offline import OfflinePhase
 from lightning_adalfl.adapter.offline_file import OfflineFile
-from lightning_adalfl.callbacks.adalfl_init import AdaLFLInit
 
 
 def fixed(**options: Any) -> AdaLFLConfig:

@@ -18,9 +18,8 @@ from projects import assert_same, config, loaders, make, phi, points, tensors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_adalfl import AdaLFLMixin
+from lightning_adalfl import AdaLFLInit, AdaLFLMixin
 from lightning_adalfl.adapter.lightning_private import PACKAGES, package_of
-from lightning_adalfl.callbacks.adalfl_init import AdaLFLInit
 
 
 def project(package: ModuleType) -> tuple[Any, Any]:

@@ -30,8 +30,7 @@ from projects import (
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_adalfl import LossNetwork
-from lightning_adalfl.callbacks.adalfl_init import AdaLFLInit
+from lightning_adalfl import AdaLFLInit, LossNetwork
 
 
 def half_mixed(init_scale: float = 2.0**10) -> dict[str, Any]:
@@ -214,7 +213,9 @@ def fill(tensor: Tensor, value: float) -> None:
     tensor.view(-1)[0] = value
 
 
-LEFT_OUT = r"A meta step before base step \d+ was left out.*hypergradient or the task loss.*not finite.*clip the gradient"
+LEFT_OUT = (
+    r"A meta step before base step \d+ was left out.*hypergradient or the task loss.*not finite.*clip the gradient"
+)
 
 
 @pytest.mark.parametrize("options", [{}, {"own_loss": False, "loss": "paper", "meta_lr": 1e-3}], ids=str)

@@ -47,7 +47,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
-from lightning_adalfl.callbacks.adalfl_init import AdaLFLInit
+from lightning_adalfl import AdaLFLInit
 
 LINEAR = {"meta_optimizer": "SGD", "meta_lr": 0.1}  # an error in the size of the hypergradient shows too
 
