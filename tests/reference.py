@@ -23,7 +23,7 @@ from torch.optim import SGD, Adam, Optimizer
 from lightning_adalfl.learning import BaseStep, Hypergradient, JacobianProduct, hypergradient
 from lightning_adalfl.learning.recorded_forward import RandomState, RecordedForward
 from lightning_adalfl.losses import LearnedLoss, LossNetwork
-from lightning_adalfl.losses.predicted import Predicted
+from lightning_adalfl.losses.descent import Predicted
 from lightning_adalfl.losses.training_objective import BentLoss, LearnedAlone, OwnLoss, TrainingObjective
 
 METHODS = ("forward", "finite_difference", "reverse")

@@ -28,7 +28,7 @@ from lightning_adalfl import (
 )
 from lightning_adalfl.learning.hypergradient import Hypergradient
 from lightning_adalfl.learning.learned_rate import LearnedRate
-from lightning_adalfl.losses.predicted import Predicted
+from lightning_adalfl.losses.descent import Predicted
 from lightning_adalfl.losses.training_objective import BentLoss, LearnedAlone, OwnLoss
 
 Batch = tuple[Tensor, Tensor]

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_adalfl.losses import LearnedLoss, LossNetwork
-from lightning_adalfl.losses.descent import Descent
-from lightning_adalfl.losses.predicted import Predicted
+from lightning_adalfl.losses.descent import Descent, Predicted
 from lightning_adalfl.losses.tasks import task_named
 from lightning_adalfl.losses.training_objective import BentLoss, LearnedAlone, OwnLoss
 

@@ -16,8 +16,7 @@ from lightning_adalfl.learning.jvp import DoubleBackward, FiniteDifference, Jaco
 from lightning_adalfl.learning.optimizer_vjp import Clipping, OptimizerVJP, optimizer_vjp
 from lightning_adalfl.learning.recorded_forward import Model, Predict, RecordedForward
 from lightning_adalfl.learning.shadow_optimizer import steps_as_torch
-from lightning_adalfl.losses.descent import Descent
-from lightning_adalfl.losses.predicted import Predicted
+from lightning_adalfl.losses.descent import Descent, Predicted
 from lightning_adalfl.losses.training_objective import BatchLoss, TrainingObjective
 
 WAYS: dict[str, Callable[[], JacobianProduct]] = {

@@ -1,16 +1,15 @@
-"""What a checkpoint holds of a learner, and how it is taken over: whole, or not at all."""
+"""A learner's state: what a checkpoint holds of it, taken over whole or not at all, and steps that are taken back."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.losses.learned_loss import LearnedLoss
 from lightning_adalfl.losses.training_objective import BentLoss
 
@@ -55,17 +54,14 @@ def take_over(learner: Any, state: Mapping[str, Any]) -> None:
         raise error if isinstance(error, ValueError) else ValueError(_UNREADABLE) from error
 
 
-def configurations_of(state: Mapping[str, Any]) -> tuple[AdaLFLConfig, AdaLFLConfig]:
-    """Return the configuration that a state was written with, and one that holds the loss that it had then.
-
-    φ is in the state, which must load where the file that it began with is not.
-    """
+def configuration_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of the configuration that a state was written with, with the loss that it had then."""
     _check(state)
-    given, values = state["config"].get("loss"), dict(state["config"])
+    values = dict(state["config"])
     if state["loss"] is not None:
+        # φ is in the state, which must load where the file that it began with is not.
         values["loss"] = LearnedLoss.rebuild(state["loss"], state["phi"])
-    config = AdaLFLConfig.from_dict(values)
-    return (replace(config, loss=given) if isinstance(given, str) else config), config
+    return values
 
 
 def _load(learner: Any, state: Mapping[str, Any]) -> None:
@@ -108,3 +104,31 @@ def _check(state: Any) -> None:
     )
     if not is_whole:
         raise ValueError(_UNREADABLE)
+
+
+class Undo:
+    """What the steps of an optimizer change, kept from before them.
+
+    Args:
+        optimizer: Before its steps.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._before = {key: value.detach().clone() for key, value in self._tensors().items()}
+
+    @torch.no_grad()
+    def unless(self, keep: Tensor) -> None:
+        """Put everything back where ``keep``, a scalar, is false; state that there was not yet is zero then."""
+        for key, value in self._tensors().items():
+            before = self._before.get(key)
+            value.copy_(torch.where(keep, value, torch.zeros_like(value) if before is None else before))
+
+    def _tensors(self) -> dict[tuple[int, str], Tensor]:
+        """Return parameters and state; counters of some optimizers lie on another device, and go on."""
+        found: dict[tuple[int, str], Tensor] = {}
+        for p in (p for group in self._optimizer.param_groups for p in group["params"]):
+            state = {**self._optimizer.state.get(p, {}), "": p}
+            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            found.update({(id(p), key): value for key, value in tensors.items() if value.device == p.device})
+        return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,16 +13,14 @@ from torch.optim import Optimizer
 
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.learning.base_step import BaseStep
-from lightning_adalfl.learning.beginning import check_pairs, check_task_loss, initial_objective
 from lightning_adalfl.learning.hypergradient import AllReduce, Hypergradient, Scale, hypergradient
 from lightning_adalfl.learning.learned_rate import LearnedRate
-from lightning_adalfl.learning.learner_state import configurations_of, state_of, take_over
+from lightning_adalfl.learning.learner_state import Undo, configuration_of, state_of, take_over
 from lightning_adalfl.learning.recorded_forward import Predict
 from lightning_adalfl.learning.torch_private import norm
-from lightning_adalfl.learning.undo import Undo
-from lightning_adalfl.losses.predicted import Predicted
+from lightning_adalfl.losses.descent import Predicted
 from lightning_adalfl.losses.tasks import task_named
-from lightning_adalfl.losses.training_objective import BentLoss, OwnLoss
+from lightning_adalfl.losses.training_objective import BentLoss, OwnLoss, check_task_loss, initial_objective
 
 RATE_HORIZON = 100  # base steps
 
@@ -65,7 +64,8 @@ class MetaLearner:
         self.task = task_named(config.task, config.ignore_index)
         known = {"bounded": self.task.bounded_loss, "handcrafted": self.task.loss}
         self.task_loss = known[config.task_loss] if isinstance(config.task_loss, str) else config.task_loss
-        self.objective, self.is_initialised = initial_objective(config, self.task)
+        given = config.loss if config.learns_loss else None
+        self.objective, self.is_initialised = initial_objective(given, self.task, config.own_loss)
         self.loss = self.objective.loss
         self.rate = LearnedRate(RATE_HORIZON if config.own_loss else 1) if config.learns_lr else None
         self.base_steps = self.answered = self.meta_steps = 0
@@ -93,7 +93,7 @@ class MetaLearner:
         """Raise a ``ValueError`` unless a first batch of predictions and targets fits the task and the task loss."""
         try:
             if self.loss is not None:
-                check_pairs(self.task, predicted)
+                self.task.check_values(predicted.predictions.detach(), predicted.target, predicted.weight)
         except ValueError as error:
             if isinstance(self.config.task_loss, str) or not self.config.own_loss:
                 raise
@@ -242,9 +242,8 @@ class MetaLearner:
             groups.append({"params": list(self.loss.phi().values()), "lr": lr or self.config.meta_lr})
         if self.rate is not None:
             groups.append({"params": [self.rate.log_scale], "lr": lr or self.config.lr_meta_lr})
-        self._optimizer: Optimizer = getattr(torch.optim, self.config.meta_optimizer)(
-            groups or [{"params": [nn.Parameter(torch.zeros(0))]}]
-        )
+        kind = getattr(torch.optim, self.config.meta_optimizer)
+        self._optimizer: Optimizer = kind(groups or [{"params": [nn.Parameter(torch.zeros(0))]}])
 
     def finish_offline(self) -> None:
         """Take over what an offline phase has learned: training begins with fresh moments, and counts from zero."""
@@ -288,9 +287,9 @@ class MetaLearner:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> MetaLearner:
         """Return the learner that :meth:`state_dict` was called on."""
-        written, held = configurations_of(state)
-        learner = cls(held)
-        learner.config = written
+        learner, given = cls(AdaLFLConfig.from_dict(configuration_of(state))), state["config"].get("loss")
+        if isinstance(given, str):
+            learner.config = replace(learner.config, loss=given)
         learner.load_state_dict(state)
         return learner
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_adalfl.losses.learned_loss import LearnedLoss
-from lightning_adalfl.losses.output_gradient import OutputGradient
-from lightning_adalfl.losses.pairs import Pairs
+from lightning_adalfl.losses.output_gradient import OutputGradient, Pairs
 
 KNOTS = 257
 _WINDOWS = KNOTS - 3  # of four knots each

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_adalfl.checks import one_of, positive_number
+from lightning_adalfl.checks import finite_number, one_of, positive_number
 from lightning_adalfl.losses.learned_loss import LearnedLoss
 from lightning_adalfl.losses.output_gradient import OutputGradient, evaluated, in_chunks
 
@@ -36,6 +36,7 @@ class SmoothLeakyReLU(nn.Module):
     def __init__(self, gamma: float = 0.01, beta: float = 10.0) -> None:
         super().__init__()
         self.beta = positive_number("beta", beta)
+        finite_number("gamma", gamma)
         self.gamma = gamma if gamma == 0 else positive_number("gamma", gamma)
         if not gamma < 1.0:
             raise ValueError(f"`gamma` must lie in [0, 1), the slope of the leak; got {gamma}.")
@@ -109,7 +110,7 @@ class LossNetwork(LearnedLoss):
         widths = (2 + 2 * EMBEDDING * sees_classes, *hidden, 1)
         self.linear = nn.ModuleList(nn.Linear(*fans, bias=bias) for fans in itertools.pairwise(widths))
         self.between = ACTIVATIONS[activation]()
-        one_of("output_activation", output_activation or activation, ACTIVATIONS)
+        one_of("output_activation", activation if output_activation is None else output_activation, ACTIVATIONS)
         self.last = nn.Identity() if output_activation is None else ACTIVATIONS[output_activation]()
         if sees_classes:
             self.label_embedding = nn.Parameter(torch.zeros(MAX_CLASSES, EMBEDDING))

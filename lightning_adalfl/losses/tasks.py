@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_adalfl.checks import one_of
-from lightning_adalfl.losses.pairs import Pairs
+from lightning_adalfl.losses.output_gradient import Pairs
 
 # Of the generalised cross-entropy (Zhang & Sabuncu, 2018); the value of that paper.
 BOUNDED_EXPONENT = 0.7
@@ -68,9 +68,9 @@ class Task(ABC):
         target, counts = self._prepared(predictions, target, weight)
         return (self._bounded_losses(predictions, target) * counts).sum()
 
-    def check_values(self, predictions: Tensor, target: Tensor) -> None:
+    def check_values(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
         """Raise a ``ValueError`` for targets out of range; it reads them, which on an accelerator waits for them."""
-        prepared, _ = self._prepared(predictions, target, None)
+        prepared, _ = self._prepared(predictions, target, weight)
         if not torch.isfinite(predictions).all() or not torch.isfinite(prepared).all():
             return  # what is to become of such a batch is the user's own business, as without a learned loss
         low, high, meaning = self._range(predictions, prepared)
@@ -279,5 +279,5 @@ def _check_kind(predictions: Tensor, target: Tensor) -> None:
         raise ValueError(f"`predictions` must be floating point (raw logits or values); got {predictions.dtype}.")
     if target.is_complex():
         raise ValueError(f"`target` must be real; got {target.dtype}. Give its two parts as two outputs.")
-    if predictions.numel() == 0:
+    if predictions.ndim == 0 or predictions.numel() == 0:
         raise ValueError(f"`predictions` must hold at least one instance; got shape {tuple(predictions.shape)}.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_adalfl.losses.descent import Descent, precise, ratio
+from lightning_adalfl.files import PathLike
+from lightning_adalfl.losses.descent import Descent, LearnedGradient, Predicted, precise, ratio
 from lightning_adalfl.losses.learned_loss import LearnedLoss
-from lightning_adalfl.losses.predicted import LearnedGradient, Predicted
+from lightning_adalfl.losses.tasks import Task
 
 # Of predictions, target and, where there is one, weight.
 BatchLoss = Callable[..., Tensor]
@@ -208,3 +211,66 @@ def _gradient(loss: BatchLoss, predictions: Tensor, target: Tensor, weight: Tens
     arguments = (target,) if weight is None else (target, weight)
     (gradient,) = torch.autograd.grad(loss(predictions, *arguments), predictions, create_graph=True)
     return gradient
+
+
+def initial_objective(
+    given: LearnedLoss | PathLike | None, task: Task, own_loss: bool
+) -> tuple[TrainingObjective, bool]:
+    """Return what trains the base model at the start, and whether its φ was learned before.
+
+    Args:
+        given: A preset's name, the file of a learned loss, or one itself, which is used as it is; ``None`` for none.
+        task: Makes pairs, and knows what is to be left out.
+        own_loss: Whether the user's own loss is descended, with its slope bent.
+
+    Raises:
+        ValueError: If the file cannot be read, or holds a loss for another task.
+        TypeError: If a loss of a user's own could not be written into a checkpoint.
+    """
+    if given is None:
+        return OwnLoss(), False
+    # φ has random numbers of its own, so that everything else is drawn as without it.
+    with torch.random.fork_rng(devices=[]):
+        loss, is_learned = _loss_of(given, task.name)
+    loss.describe()
+    loss.pairing = task
+    if not own_loss:
+        return LearnedAlone(loss), is_learned
+    is_zero = not is_learned and not isinstance(given, LearnedLoss)
+    if is_zero:
+        loss.start_at_zero()
+    return BentLoss(loss, is_zero), is_learned
+
+
+def _loss_of(given: LearnedLoss | PathLike, task: str) -> tuple[LearnedLoss, bool]:
+    if isinstance(given, LearnedLoss):
+        return copy.deepcopy(given), False  # the configuration's may serve another learner
+    path = os.fspath(given)
+    if "." not in os.path.basename(path):
+        return LearnedLoss.named(path, task), False
+    try:
+        loss = LearnedLoss.load(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`loss` {path!r} cannot be used: {error}") from error
+    if loss.task != task:
+        raise ValueError(
+            f"`loss` {path!r} is for task {loss.task!r} and `task` is {task!r}: its predictions are of another kind. "
+            "Give a loss that was learned on the same kind of task."
+        )
+    return loss, True
+
+
+def check_task_loss(task_loss: BatchLoss, predicted: Predicted) -> None:
+    """Raise a ``ValueError`` unless the task loss of a first batch is a scalar that can be differentiated."""
+    leaf = predicted.predictions.detach().requires_grad_()
+    weight = [] if predicted.weight is None else [predicted.weight]
+    with torch.enable_grad():
+        value = task_loss(leaf, predicted.target, *weight)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        kind = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"`task_loss` must return a scalar, the mean over the batch; got {kind}.")
+    if not value.requires_grad:
+        raise ValueError(
+            "`task_loss` cannot be differentiated: its value does not depend on the predictions by operations that "
+            "torch differentiates. Leave out `argmax`, rounding, `detach` and NumPy."
+        )
