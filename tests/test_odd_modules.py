@@ -130,12 +130,19 @@ class Grows(Plain):
 class Forces(Smooth):
     """The output is the gradient of an energy by the input."""
 
+    def energy(self, x: Tensor) -> Tensor:
+        return self.model(x).square().sum()
+
     @torch.enable_grad()
     def forward(self, x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
-        energy = self.model(x).square().sum()
-        (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        (force,) = torch.autograd.grad(self.energy(x), x, create_graph=True)
         return force[:, :CLASSES]
+
+
+class ForcesOfOne(Forces):
+    def energy(self, x: Tensor) -> Tensor:
+        return self.model(x)[:, :1].sum()
 
 
 KINDS = [Tied, Unused, PartlyFrozen, Complex, Scalar, Parametrized, Recurrent, Made, Grows]
@@ -311,9 +318,12 @@ def test_predictions_that_cannot_be_learned_from_are_refused(
         trainer(tmp_path).fit(make(adaptive(kind), adalfl=config()), *loaders())
 
 
-def test_a_gradient_inside_the_forward_is_refused_in_forward_mode_and_both_remedies_agree(tmp_path: Any) -> None:
+@pytest.mark.parametrize("kind", [Forces, ForcesOfOne])
+def test_a_gradient_inside_the_forward_is_refused_in_forward_mode_and_both_remedies_agree(
+    tmp_path: Any, kind: Any
+) -> None:
     t = trainer(tmp_path, inference_mode=False)
-    module = make(adaptive(Forces), adalfl=AdaLFLConfig("multiclass"))
+    module = make(adaptive(kind), adalfl=AdaLFLConfig("multiclass"))
     before = tensors(module)
     with pytest.raises(
         RuntimeError, match="choose `hypergradient='reverse'`, a second backward, or 'finite_difference'"
@@ -322,7 +332,7 @@ def test_a_gradient_inside_the_forward_is_refused_in_forward_mode_and_both_remed
     assert_same(tensors(module), before)  # before the first step, though the first meta step is the tenth
     learned = []
     for way in ("reverse", "finite_difference"):
-        module = make(adaptive(Forces), adalfl=config(hypergradient=way, meta_optimizer="SGD", meta_lr=1.0))
+        module = make(adaptive(kind), adalfl=config(hypergradient=way, meta_optimizer="SGD", meta_lr=1.0))
         trainer(tmp_path, inference_mode=False).fit(module, *loaders())
         learned.append(phi(module))
     for name, expected in learned[0].items():

@@ -31,29 +31,38 @@ class ModuleState:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
         self._names: list[tuple[nn.Module, str]] | None = None
+        self._new: set[tuple[int, str]] = set()  # which came up in a first step
 
-    def capture(self) -> list[tuple[nn.Module, str, Any, Any]]:
-        """Return the attributes and what they hold, to be given to :meth:`restore`."""
+    def capture(self, everything: bool = False) -> list[tuple[nn.Module, str, Any, Any]]:
+        """Return the attributes and what they hold, to be given to :meth:`restore`.
+
+        Args:
+            everything: Whether also those that are not known to change, for :meth:`find_changing`.
+        """
         names = self._names
-        if names is None:
+        if names is None or everything:
             names = [(m, name) for m in self._modules for name in vars(m) if name not in _TORCH]
         return [(m, name, value := vars(m).get(name, _ABSENT), _content(value)) for m, name in names]
 
     def find_changing(self, before: list[tuple[nn.Module, str, Any, Any]]) -> None:
-        """Keep from now on what differs from ``before``, which was captured before the first step."""
+        """Keep from now on what differs from ``before``: everything, captured before a first step."""
         known = {(id(m), name) for m, name, _, _ in before}
         new = [(m, name) for m in self._modules for name in vars(m) if name not in _TORCH]
+        new = [(m, name) for m, name in new if (id(m), name) not in known]
         changed = [
             (m, name) for m, name, value, content in before if _differs(vars(m).get(name, _ABSENT), value, content)
         ]
-        self._names = [*changed, *((m, name) for m, name in new if (id(m), name) not in known)]
+        found = {(id(m), name): (m, name) for m, name in [*(self._names or ()), *changed, *new]}
+        self._names = list(found.values())
+        self._new |= {(id(m), name) for m, name in new}
 
     def narrowed(self, state: list[tuple[nn.Module, str, Any, Any]]) -> list[tuple[nn.Module, str, Any, Any]]:
         """Return what is kept of a ``state`` that may have been captured before that was known."""
         if self._names is None:
             return state
-        known = {(id(m), name): (value, content) for m, name, value, content in state}
-        return [(m, name, *known.get((id(m), name), (_ABSENT, None))) for m, name in self._names]
+        known: dict[tuple[int, str], Any] = dict.fromkeys(self._new, (_ABSENT, None))
+        known.update({(id(m), name): (value, content) for m, name, value, content in state})
+        return [(m, name, *known[id(m), name]) for m, name in self._names if (id(m), name) in known]
 
     def replayed(self, function: Callable[..., T], state: list[tuple[nn.Module, str, Any, Any]]) -> Callable[..., T]:
         """Return a function that runs under a state from before; the present one is put back."""

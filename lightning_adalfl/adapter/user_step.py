@@ -103,7 +103,7 @@ class StepObserver:
         self._batch = map_tensors(lambda t: t, batch)
         self._versions = {id(t): version(t) for t in tensors_in(batch)}
         self.forget(way)
-        everything = self._state.capture() if self._is_first else None
+        everything = self._state.capture(everything=True) if self._is_first else None
         try:
             with self._calls.observing():
                 yield
