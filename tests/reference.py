@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 
 from lightning_adalfl.learning import BaseStep, Hypergradient, JacobianProduct, hypergradient
 from lightning_adalfl.learning.recorded_forward import RandomState, RecordedForward
@@ -48,15 +48,15 @@ def images(generator: torch.Generator) -> Batch:
 
 
 def sgd(model: nn.Module) -> Optimizer:
-    return SGD(model.parameters(), lr=0.3)
+    return optim.SGD(model.parameters(), lr=0.3)
 
 
 def momentum(model: nn.Module) -> Optimizer:
-    return SGD(model.parameters(), lr=0.3, momentum=0.9)
+    return optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
 
 
 def adam(model: nn.Module) -> Optimizer:
-    return Adam(model.parameters(), lr=0.05, eps=1e-2, weight_decay=0.1)
+    return optim.Adam(model.parameters(), lr=0.05, eps=1e-2, weight_decay=0.1)
 
 
 def by_half(model: nn.Module, lr: float) -> list[dict[str, Any]]:
@@ -64,6 +64,40 @@ def by_half(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     parameters = list(model.parameters())
     middle = len(parameters) // 2
     return [{"params": parameters[:middle], "lr": lr}, {"params": parameters[middle:], "lr": 0.3 * lr}]
+
+
+# The larger ε keeps the step smooth where a gradient is small: without it Adam's first step is all but its sign.
+OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "sgd": (optim.SGD, {"lr": 0.3}),
+    "maximize": (optim.SGD, {"lr": 0.3, "maximize": True}),
+    "decay": (optim.SGD, {"lr": 0.3, "weight_decay": 0.1}),
+    "momentum": (optim.SGD, {"lr": 0.3, "momentum": 0.9}),
+    "dampening": (optim.SGD, {"lr": 0.3, "momentum": 0.9, "dampening": 0.4, "weight_decay": 0.1}),
+    "nesterov": (optim.SGD, {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "adam": (optim.Adam, {"lr": 0.05, "eps": 1e-2}),
+    "adam l2": (optim.Adam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}),
+    "amsgrad": (optim.Adam, {"lr": 0.05, "eps": 1e-2, "amsgrad": True}),
+    "adam maximize": (optim.Adam, {"lr": 0.05, "eps": 1e-2, "maximize": True}),
+    "adamw": (optim.AdamW, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}),
+    "adamw amsgrad": (optim.AdamW, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1, "amsgrad": True}),
+    "rmsprop": (optim.RMSprop, {"lr": 0.05, "eps": 1e-2}),
+    "rmsprop centered": (
+        optim.RMSprop,
+        {"lr": 0.05, "eps": 1e-2, "momentum": 0.5, "centered": True, "weight_decay": 0.1},
+    ),
+    "adagrad": (optim.Adagrad, {"lr": 0.05, "eps": 1e-2, "lr_decay": 0.1, "weight_decay": 0.1}),
+    "nadam": (optim.NAdam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}),
+    "nadam decoupled": (optim.NAdam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "radam": (optim.RAdam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}),
+    "adadelta": (optim.Adadelta, {"lr": 0.5, "eps": 1e-2, "weight_decay": 0.1}),
+    "adamax": (optim.Adamax, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}),
+    "asgd": (optim.ASGD, {"lr": 0.05, "weight_decay": 0.1}),
+}
+
+
+def build(name: str, groups: int, model: nn.Module) -> Optimizer:
+    kind, options = OPTIMIZERS[name]
+    return kind(by_half(model, options["lr"]) if groups == 2 else model.parameters(), **options)
 
 
 def cross_entropy(parameters: Sequence[Tensor], outputs: Sequence[Tensor], target: Tensor) -> Tensor:
@@ -387,7 +421,7 @@ def differentiable_step(
     optimizer: Optimizer, parameters: Sequence[Tensor], values: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> list[Tensor]:
     """Return ``θ' = U(θ, s, g)`` of the optimizer's parameters at these values, by its own differentiable step."""
-    if type(optimizer) is SGD:  # by its formula, since torch detaches the first momentum buffer
+    if type(optimizer) is optim.SGD:  # by its formula, since torch detaches the first momentum buffer
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         return [_sgd_step(group_of[id(p)], optimizer.state[p], v, g) for p, v, g in zip(parameters, values, gradients)]
     place = {id(p): i for i, p in enumerate(parameters)}

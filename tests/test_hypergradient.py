@@ -16,9 +16,11 @@ from reference import (
     INPUTS,
     METHODS,
     OBJECTIVES,
+    OPTIMIZERS,
     Batch,
     Problem,
     adam,
+    build,
     by_half,
     flat,
     images,
@@ -29,56 +31,13 @@ from reference import (
 )
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations
-from torch.optim import (
-    ASGD,
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    NAdam,
-    Optimizer,
-    RAdam,
-    RMSprop,
-    Rprop,
-)
+from torch.optim import SGD, Optimizer, Rprop
 from torch.utils.checkpoint import checkpoint
 
 from lightning_adalfl.learning import BaseStep, ForwardModeError, JacobianProduct, hypergradient
 from lightning_adalfl.learning.optimizer_vjp import ClipByNorm, ClipByValue
 
 EXACT = ("forward", "reverse")
-
-# The larger ε keeps the step smooth where a gradient is small: without it Adam's first step is all but its sign.
-OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
-    "sgd": (SGD, {"lr": 0.3}),
-    "maximize": (SGD, {"lr": 0.3, "maximize": True}),
-    "decay": (SGD, {"lr": 0.3, "weight_decay": 0.1}),
-    "momentum": (SGD, {"lr": 0.3, "momentum": 0.9}),
-    "dampening": (SGD, {"lr": 0.3, "momentum": 0.9, "dampening": 0.4, "weight_decay": 0.1}),
-    "nesterov": (SGD, {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    "adam": (Adam, {"lr": 0.05, "eps": 1e-2}),
-    "adam l2": (Adam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}),
-    "amsgrad": (Adam, {"lr": 0.05, "eps": 1e-2, "amsgrad": True}),
-    "adam maximize": (Adam, {"lr": 0.05, "eps": 1e-2, "maximize": True}),
-    "adamw": (AdamW, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}),
-    "adamw amsgrad": (AdamW, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1, "amsgrad": True}),
-    "rmsprop": (RMSprop, {"lr": 0.05, "eps": 1e-2}),
-    "rmsprop centered": (RMSprop, {"lr": 0.05, "eps": 1e-2, "momentum": 0.5, "centered": True, "weight_decay": 0.1}),
-    "adagrad": (Adagrad, {"lr": 0.05, "eps": 1e-2, "lr_decay": 0.1, "weight_decay": 0.1}),
-    "nadam": (NAdam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}),
-    "nadam decoupled": (NAdam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    "radam": (RAdam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}),
-    "adadelta": (Adadelta, {"lr": 0.5, "eps": 1e-2, "weight_decay": 0.1}),
-    "adamax": (Adamax, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}),
-    "asgd": (ASGD, {"lr": 0.05, "weight_decay": 0.1}),
-}
-
-
-def build(name: str, groups: int, model: nn.Module) -> Optimizer:
-    kind, options = OPTIMIZERS[name]
-    return kind(by_half(model, options["lr"]) if groups == 2 else model.parameters(), **options)
 
 
 @pytest.mark.parametrize(("warm", "groups"), [(0, 1), (3, 2)])

@@ -111,8 +111,9 @@ def test_what_is_not_finite_in_the_users_own_stays_theirs(bad: float) -> None:
     weight = torch.ones_like(f).index_fill(0, torch.tensor([1]), bad)
     own = (weight * f).sum()
     expected = slope(own, f)
-    _, (found,) = descended(BentLoss(loss), own, Predicted.direct(f, y))
+    descent, (found,) = descended(BentLoss(loss), own, Predicted.direct(f, y))
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert all((gradient == 0).all() for gradient in descent.vjp([torch.ones_like(f)]).values())
 
 
 @pytest.mark.parametrize("k", [1.0, 1 / 3, 2.0**16, -0.5])
