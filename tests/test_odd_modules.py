@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -301,9 +301,65 @@ class NamesOnly(Smooth):
         return "a", "b"
 
 
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return super().forward(x if scale is None else x * scale)
+
+
+class TwoParts(Smooth):
+    """A backbone and a head that the step calls with a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.head = nn.Linear(4, 8), Scaled(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.model(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.head(self.model(x), torch.ones(8)), y)
+
+    def adalfl_predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self.head(self.model(batch[0])), batch[1]
+
+
+class OtherPartsLater(Smooth):
+    """Predicts in another way each time."""
+
+    calls: ClassVar[list[int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def adalfl_predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        self.calls.append(0)
+        found = self.model(batch[0]) if len(self.calls) % 2 else batch[0][:, :CLASSES] * 1.0
+        return found, batch[1]
+
+
+class ChangedAfterwards(Smooth):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        shifted = x + 1.0
+        loss = F.cross_entropy(self.model(shifted), y)
+        shifted.zero_()
+        return loss * 1.0
+
+    def adalfl_predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self.model(batch[0] + 1.0), batch[1]
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
+        (
+            TwoParts,
+            ValueError,
+            "calls Scaled with 1 tensors and `training_step` with 2, .*call it in the same way in both",
+        ),
+        (OtherPartsLater, ValueError, "calls other modules when it is run again on the same batch"),
+        (ChangedAfterwards, ValueError, "changes an input of Sequential in place after the call.*Change a copy"),
         (Phases, ValueError, "must be floating point; got torch.complex64"),
         (NoTensors, TypeError, r"must return tensors \(predictions, target\) or .*; got str"),
         (NamesOnly, TypeError, r"got \['str', 'str'\]. Override it in AdaNamesOnly"),

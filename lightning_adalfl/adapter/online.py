@@ -53,9 +53,7 @@ class OnlineRun:
         self._refresh()
         # The order of the data must be one over processes; the dropout masks need not.
         self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**31))
-        self.batches: EndlessBatches | None = None
-        if learner.config.meta_every is not None:
-            self.batches = EndlessBatches(meta_loader, self.seed)
+        self.batches = EndlessBatches(meta_loader, self.seed)
         seed = derived_seed(MASKS, self.seed, self.trainer.global_rank)
         self.stream = RandomStream(RandomState.seeded(seed, module.device))
         self._scale = LossScale(self.trainer)
@@ -242,7 +240,7 @@ class OnlineRun:
     def _meta_step(self) -> None:
         learner = self.learner
         with self.stream.drawing(), self.trainer.precision_plugin.train_step_context():
-            batch = transferred_meta_batch(self.module, next(self._meta_batches()), learner.config)
+            batch = transferred_meta_batch(self.module, next(self.batches), learner.config)
             with self._observer.state_kept(), self._others_put_back():
                 learner.meta_step(self.base_step, batch, all_reduce=self._reduce, scale=self._scale)
 
@@ -258,23 +256,17 @@ class OnlineRun:
             for (p, _), value in zip(self._others, now):
                 p.data = value
 
-    def _meta_batches(self) -> Iterator[Any]:
-        if self.batches is None:
-            raise RuntimeError("a meta step is due, and there are no meta batches.")
-        return self.batches
-
     def state_dict(self) -> dict[str, Any]:
         """Return where the meta batches and their random stream are."""
         return {
-            "meta_batches": None if self.batches is None else self.batches.state_dict(),
+            "meta_batches": self.batches.state_dict(),
             "random_state": self.stream.state.to_plain(),
             "loss_scale": self._scale.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
-        if self.batches is not None and state["meta_batches"] is not None:
-            with self.stream.drawing():
-                self.batches.load_state_dict(state["meta_batches"])
+        with self.stream.drawing():
+            self.batches.load_state_dict(state["meta_batches"])
         self.stream = RandomStream(RandomState.from_plain(state["random_state"], self.module.device))
         self._scale.load_state_dict(state["loss_scale"])
