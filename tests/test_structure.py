@@ -1,75 +1,162 @@
-"""The structure that the package promises: which way imports point, and what is public."""
+"""The structure that the package promises: its six rules, its size, and what is public."""
 
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
+from typing import Any
 
-import pytest
+import torch
+from projects import Smooth, adaptive, config, loaders, make, trainer
 
 import lightning_adalfl
 
 PACKAGE = Path(lightning_adalfl.__file__).parent
-# Each layer may import from those before it and from itself.
-LAYERS = ["arguments", "atomic_file", "losses", "config", "hypergradient", "adapter", "mixin", "callbacks", "__init__"]
-# Pictures and files of a learned loss know nothing of training.
-BESIDE = {"loss_shape", "snapshots", "plotting", "trajectory", "inspection"}
-
-
-def runtime_imports(path: Path) -> set[str]:
-    """Return the parts of the package that a file imports when it runs, type checking aside."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    modules = [
-        node.module
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in typing_only
-    ]
-    return {name.split(".")[1] for name in modules if name.startswith("lightning_adalfl.")}
-
-
-def layer_of(path: Path) -> str:
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0].removesuffix(".py")
-
-
 FILES = sorted(PACKAGE.rglob("*.py"))
+# Top to bottom; a room imports only from those below it, and from itself.
+ROOMS = [
+    "__init__",
+    "callbacks",
+    "adapter",
+    "__main__",
+    "inspection",
+    "learning",
+    "config",
+    "losses",
+    "files",
+    "checks",
+]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_one_way(path: Path) -> None:
-    layer = layer_of(path)
-    imported = runtime_imports(path)
-    if layer in LAYERS:
-        allowed = set(LAYERS[: LAYERS.index(layer) + 1])
-        if layer in ("callbacks", "__init__"):
-            allowed |= BESIDE
-        if layer == "__init__":
-            allowed |= {"callbacks"}
-        assert imported <= allowed, f"{layer} must not import {sorted(imported - allowed)}"
-    elif layer in BESIDE:
-        assert imported <= BESIDE | {"arguments", "atomic_file", "losses", "config"}
-    else:
-        assert layer == "__main__"
+def named(path: Path) -> str:
+    """Return the dotted name of a file within the package, its face by that of the folder."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_file_is_one_concept(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 300
-    assert path.name != "utils.py"
+NAMES = {named(path) for path in FILES}
 
 
-def test_the_pure_torch_core_knows_no_lightning() -> None:
-    for path in [*(PACKAGE / "hypergradient").glob("*.py"), *(PACKAGE / "losses").glob("*.py")]:
-        tree = ast.parse(path.read_text())
-        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-        names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        assert not any(name == "lightning" or name.startswith("lightning.") for name in names), path
+def imports(path: Path) -> set[str]:
+    """Return the files of the package that a file imports anywhere, type checking included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lightning_adalfl":
+            module = (node.module or "").partition(".")[2]
+            for alias in node.names:
+                inner = f"{module}.{alias.name}" if module else alias.name
+                found.add(inner if inner in NAMES else module or "__init__")
+    return found
+
+
+def foreign(path: Path) -> set[str]:
+    """Return the other packages that a file imports."""
+    tree = ast.parse(path.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+GRAPH = {named(path): imports(path) for path in FILES}
+
+
+def test_a_room_imports_only_what_stands_below_it() -> None:
+    for name, imported in GRAPH.items():
+        allowed = set(ROOMS[ROOMS.index(room(name)) :])
+        assert {room(other) for other in imported} <= allowed, name
+
+
+def test_lightning_is_touched_in_adapter_and_callbacks_alone_and_by_name_nowhere() -> None:
+    for path in FILES:
+        known = {name.split(".")[0] for name in foreign(path)}
+        assert not known & {"lightning", "pytorch_lightning"}, path
+        if room(named(path)) not in ("adapter", "callbacks"):
+            assert "lightning_utilities" not in known, path
+
+
+def test_losses_and_learning_know_no_configuration_but_for_who_is_made_from_one() -> None:
+    knowing = {
+        name for name, imported in GRAPH.items() if "config" in imported and room(name) in ("losses", "learning")
+    }
+    assert knowing == {"learning.meta_learner"}
+
+
+def test_inspection_needs_neither_a_trainer_nor_learning() -> None:
+    for name, imported in GRAPH.items():
+        if room(name) == "inspection":
+            assert not {room(other) for other in imported} & {"learning", "adapter", "callbacks", "config"}, name
+
+
+def test_there_is_no_cycle() -> None:
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above, name])
+        if name not in done:
+            for other in GRAPH.get(name, ()):
+                if other != name:
+                    visit(other, (*above, name))
+            done.add(name)
+
+    for name in GRAPH:
+        visit(name, ())
+
+
+def test_few_arrows_lead_from_room_to_room() -> None:
+    arrows = {(room(a), room(b)) for a, others in GRAPH.items() for b in others if room(a) != room(b)}
+    between = {(a, b) for a, b in arrows if a != "__init__"}
+    assert len(between) <= 16, sorted(between)
+
+
+def test_what_torch_and_lightning_do_not_promise_is_in_two_files() -> None:
+    private = {
+        "learning.torch_private": ("torch._", "torch.ops", ".utils._pytree", "._version", "_call_impl", "_dynamo"),
+        "adapter.lightning_private": ("._data_source", "_combined_loader", "_logger_connector", "_MultiProcessing"),
+    }
+    for path in FILES:
+        text = path.read_text().replace("torch._foreach", "")
+        for owner, marks in private.items():
+            if named(path) != owner:
+                assert not [mark for mark in marks if mark in text], path
+
+
+def test_the_package_is_small() -> None:
+    lines = {named(path): len(path.read_text().splitlines()) for path in FILES}
+    assert max(lines.values()) <= 300, max(lines, key=lambda name: lines[name])
+    assert len(FILES) <= 48
+    assert sum(lines.values()) <= 5500
+    assert not any(path.name == "utils.py" for path in FILES)
+
+
+class Traced(Smooth):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+def test_one_training_step_runs_through_fourteen_files(tmp_path: Any) -> None:
+    """Rule six: whoever follows a default step, its meta step included, reads fourteen files."""
+    seen: set[str] = set()
+    module = make(adaptive(Traced), adalfl=config(meta_every=10))
+
+    def trace(frame: Any, event: str, argument: Any) -> None:
+        if str(PACKAGE) in frame.f_code.co_filename and event == "call":
+            seen.add(named(Path(frame.f_code.co_filename)))
+
+    class Follow(lightning_adalfl.callbacks.adalfl_init.Callback):  # type: ignore[misc,name-defined]
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 19:
+                sys.setprofile(trace)
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            sys.setprofile(None)
+
+    trainer(tmp_path, max_epochs=-1, max_steps=20, callbacks=[Follow()]).fit(module, *loaders())
+    assert module.adalfl.meta_steps == 2
+    assert {"adapter.mixin", "adapter.online", "learning.hypergradient", "losses.network"} <= seen
+    assert len(seen) <= 14, sorted(seen)
 
 
 def test_the_contract_of_public_names() -> None:
@@ -77,9 +164,14 @@ def test_the_contract_of_public_names() -> None:
         "AdaLFLConfig",
         "AdaLFLInit",
         "AdaLFLMixin",
+        "BaseStep",
+        "InfluenceLogger",
         "LearnedLoss",
+        "LossHistory",
         "LossNetwork",
+        "LossReplay",
         "LossShapeLogger",
+        "MetaLearner",
         "TaylorLoss",
         "hypergradient",
     }
@@ -90,10 +182,9 @@ def test_the_contract_of_public_names() -> None:
 
 def test_examples_use_public_names_only() -> None:
     public = set(lightning_adalfl.__all__) | {"__version__"}
-    allowed_modules = {"lightning_adalfl", "lightning_adalfl.plotting", "lightning_adalfl.snapshots"}
     for path in (PACKAGE.parent / "examples").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lightning_adalfl":
-                assert node.module in allowed_modules, f"{path.name} imports from {node.module}"
+                assert node.module in ("lightning_adalfl", "lightning_adalfl.inspection"), f"{path.name}: {node.module}"
                 if node.module == "lightning_adalfl":
                     assert {alias.name for alias in node.names} <= public, path.name
