@@ -15,6 +15,7 @@ from lightning_adalfl.adapter.meta_batches import MASKS, EndlessBatches, derived
 from lightning_adalfl.adapter.plugins import LossScale, broadcast, mean_over_processes, own_scale
 from lightning_adalfl.adapter.user_step import Found, StepObserver
 from lightning_adalfl.learning.base_step import BaseForward
+from lightning_adalfl.learning.hypergradient import Watch
 from lightning_adalfl.learning.jvp import JacobianProduct
 from lightning_adalfl.learning.meta_learner import MetaLearner
 from lightning_adalfl.learning.optimizer_vjp import Clipping
@@ -33,6 +34,10 @@ class OnlineRun:
         predict: ``adalfl_predict``, checked.
         says_how: Whether that is the user's own.
         meta_loader: Makes the loader of held-out batches.
+
+    Attributes:
+        watch: Called at each meta step, where somebody looks on.
+        instances: What that one knows the instances of the batch by that comes next.
     """
 
     def __init__(
@@ -58,6 +63,8 @@ class OnlineRun:
         self.stream = RandomStream(RandomState.seeded(seed, module.device))
         self._scale = LossScale(self.trainer)
         self._reduce = mean_over_processes(self.trainer)
+        self.watch: Watch | None = None
+        self.instances: Any = None
         self.clipping: Clipping | None = None
         self._clipped: list[Tensor] | None = None
         self._rates: list[Any] = []
@@ -139,7 +146,7 @@ class OnlineRun:
             self._is_checked = True
         descent = self.learner.objective.descend(loss, found.predicted)
         if found.recorded is not None:
-            self.base_step.forwards.append(BaseForward(found.recorded, found.predicted, descent))
+            self.base_step.forwards.append(BaseForward(found.recorded, found.predicted, descent, instances=self.instances))
             own = {id(p) for p in self.base_step.parameters}
             others = [p for o in self.trainer.optimizers for g in o.param_groups for p in g["params"]]
             self._others = [(p, p.detach().clone()) for p in others if id(p) not in own and p.requires_grad]
@@ -242,7 +249,7 @@ class OnlineRun:
         with self.stream.drawing(), self.trainer.precision_plugin.train_step_context():
             batch = transferred_meta_batch(self.module, next(self.batches), learner.config)
             with self._observer.state_kept(), self._others_put_back():
-                learner.meta_step(self.base_step, batch, all_reduce=self._reduce, scale=self._scale)
+                learner.meta_step(self.base_step, batch, all_reduce=self._reduce, scale=self._scale, watch=self.watch)
 
     @contextmanager
     def _others_put_back(self) -> Iterator[None]:

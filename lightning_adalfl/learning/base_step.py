@@ -36,6 +36,7 @@ class BaseForward:
         descent: What its backward descends, once that is known.
         objective: What trains, and
         own_loss: L_u as a function of predictions, target and weight, where it was given as one.
+        instances: Which it has seen, where somebody wants to know.
     """
 
     recorded: RecordedForward
@@ -43,6 +44,7 @@ class BaseForward:
     descent: Descent | None = None
     objective: TrainingObjective | None = None
     own_loss: BatchLoss | None = None
+    instances: Any = None
 
 
 class BaseStep:

@@ -18,6 +18,7 @@ from lightning_adalfl.losses.descent import Descent
 from lightning_adalfl.losses.training_objective import BatchLoss
 
 AllReduce = Callable[[list[Tensor]], None]
+Watch = Callable[[BaseStep, "Hypergradient"], None]
 
 
 class Scale(Protocol):
@@ -41,6 +42,8 @@ class Hypergradient:
         task_loss: L_T on the meta batch at θ_{t+1}, a scalar.
         along: The derivative of L_T at θ_{t+1} along the direction that was given, a scalar; ``None`` without one.
         evidence: ``⟨τ, h⟩ - ⟨m, h⟩``: to first order, how much lower L_T is than with the user's loss, a scalar.
+        direction: (c, w), with ``c · w = u`` over the active parameters of the last step; ``None`` once the meta step
+            has ended.
     """
 
     loss: dict[str, Tensor]
@@ -48,6 +51,7 @@ class Hypergradient:
     task_loss: Tensor
     along: Tensor | None = None
     evidence: Tensor | None = None
+    direction: tuple[float, list[Tensor]] | None = None
     # What each forward has descended, the factor with which that is in the step, and h; the last step's come first.
     _parts: list[tuple[Descent, Tensor, list[Tensor]]] = field(default_factory=list, repr=False)
     _in_last_step: int = field(default=0, repr=False)
@@ -61,7 +65,12 @@ class Hypergradient:
         Raises:
             ValueError: If the loss is computed from outputs without a row for each instance.
         """
-        return [descent.influence(h) * factor for descent, factor, h in self._parts[: self._in_last_step]]
+        return [descent.influence(h) * factor for descent, factor, h in self.parts]
+
+    @property
+    def parts(self) -> list[tuple[Descent, Tensor, list[Tensor]]]:
+        """For each forward of the last base step what it has descended, the factor of that in the step, and h."""
+        return self._parts[: self._in_last_step]
 
     def at_present(self) -> dict[str, Tensor]:
         """Return ``∇_φ L_T`` at the φ of this moment, with the same predictions and h; this process' part alone."""
@@ -122,6 +131,7 @@ def hypergradient(
         result.along = dot(vector, along)
     for step in reversed(chain) if by_forward else ():
         scale, u = step.vjp([vector[i] for i in step.active])
+        result.direction = result.direction or (scale, u)  # the last step comes first
         for forward in step.forwards:
             descent, factor = _descended(step, forward, scale)
             result._parts.append((descent, factor, step.jacobian_times(forward, u)))
@@ -129,8 +139,7 @@ def hypergradient(
             vector = _before(step, vector, scale, u)
     if by_forward:
         result._in_last_step = len(last.forwards)
-        parts = result._parts[: result._in_last_step]
-        result.evidence = torch.stack([descent.evidence(h) * factor for descent, factor, h in parts]).sum()
+        result.evidence = torch.stack([descent.evidence(h) * factor for descent, factor, h in result.parts]).sum()
     result.loss = _summed(result._parts)
     if all_reduce is not None:
         scalars = [t for t in (result.log_lr, result.along, result.evidence) if t is not None]

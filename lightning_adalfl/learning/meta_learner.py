@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.learning.base_step import BaseStep
-from lightning_adalfl.learning.hypergradient import AllReduce, Hypergradient, Scale, hypergradient
+from lightning_adalfl.learning.hypergradient import AllReduce, Hypergradient, Scale, Watch, hypergradient
 from lightning_adalfl.learning.learned_rate import LearnedRate
 from lightning_adalfl.learning.learner_state import Undo, configuration_of, state_of, take_over
 from lightning_adalfl.learning.recorded_forward import Predict
@@ -47,8 +47,7 @@ class MetaLearner:
         objective: What trains the base model.
         loss: The learned loss, part of the objective; ``None`` if the learning rate alone is learned, or nothing.
         rate: The learned rate, or ``None``.
-        base_steps: Base steps taken.
-        answered: Base steps up to the last one that a meta step followed.
+        base_steps, answered: Base steps taken, and those up to the last one that a meta step followed.
         meta_steps: Meta steps taken in training.
         skipped: Meta steps left out, since the hypergradient or the task loss was not finite.
         is_initialised: Whether φ needs no offline phase, since one has run or φ was given.
@@ -71,8 +70,7 @@ class MetaLearner:
         self.base_steps = self.answered = self.meta_steps = 0
         self.scalars: dict[str, Tensor] = {}
         self.last_step: Hypergradient | None = None
-        self.skipped = torch.zeros(())
-        self._has_warned = False
+        self.skipped, self._has_warned = torch.zeros(()), False
         self.start()
 
     # One step.
@@ -137,6 +135,7 @@ class MetaLearner:
         *,
         all_reduce: AllReduce | None = None,
         scale: Scale | None = None,
+        watch: Watch | None = None,
     ) -> Hypergradient:
         """Take a meta step (Eq. 8): as many steps of the meta optimizer as base steps have passed.
 
@@ -147,6 +146,7 @@ class MetaLearner:
             meta_batch: Held-out instances.
             all_reduce: Averages a list of tensors over processes in place.
             scale: In half precision.
+            watch: Called with the last step and its hypergradient, before anything moves.
         """
         last = steps if isinstance(steps, BaseStep) else steps[-1]
         along = self.rate.along(last.before) if self.rate is not None else None
@@ -159,16 +159,18 @@ class MetaLearner:
                 loss_scale=1.0 if scale is None else scale.value,
                 log_lr=self.rate is not None,
                 along=along,
-                by_forward=self.config.learn != "lr",
+                by_forward=self.config.learn != "lr" or watch is not None,
             )
             tensors = [*found.loss.values(), *(t for t in (found.log_lr, found.along) if t is not None)]
             if scale is None or scale.fits(tensors):
                 break
         self._note(found, last)
+        if watch is not None:
+            watch(last, found)
+        found.direction = None  # as large as θ
         self._move(found, max(1, self.base_steps + 1 - self.answered), all_reduce)
         self.answered = self.base_steps + 1  # the step under way is counted when it ends
-        self.meta_steps += 1
-        self.last_step = found
+        self.meta_steps, self.last_step = self.meta_steps + 1, found
         return found
 
     def _move(self, found: Hypergradient, moves: int, all_reduce: AllReduce | None) -> None:
