@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -379,10 +378,3 @@ def test_the_command_line_fits_and_both_classes_load_its_checkpoint(
         run(kind, "predict", "--ckpt_path", str(checkpoint))
     with pytest.raises(ValueError, match="`meta_every` must be a whole number, 1 or more; got 0"):
         run(ada, "fit", f"{prefix}adalfl.task=multiclass", f"{prefix}adalfl.meta_every=0")
-
-
-def test_copies_of_hyper_parameters_do_not_move_with_the_learner() -> None:
-    module = make(adaptive(AllArguments), adalfl=config())
-    initial = copy.deepcopy(module.hparams_initial)
-    module.hparams["lr"] = 7.0
-    assert module.hparams_initial == initial

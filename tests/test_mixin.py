@@ -256,23 +256,16 @@ class OfLBFGS(Plain):
         return torch.optim.LBFGS(self.parameters())
 
 
-class Sharpness(torch.optim.Optimizer):
-    """Sharpness-aware minimisation: calls the closure twice."""
+class Sharpness(torch.optim.SGD):
+    """Sharpness-aware minimisation: calls the closure twice, the second time elsewhere."""
 
-    def __init__(self, parameters: Any, lr: float) -> None:
-        self.base = torch.optim.SGD(list(parameters), lr)
-        super().__init__(self.base.param_groups, {})
-
-    @torch.no_grad()
     def step(self, closure: Any) -> Any:
-        loss = torch.enable_grad()(closure)()
-        grads = [p.grad.clone() for group in self.param_groups for p in group["params"]]
         weights = [p for group in self.param_groups for p in group["params"]]
-        torch._foreach_add_(weights, grads, alpha=0.05)
-        torch.enable_grad()(closure)()
-        torch._foreach_sub_(weights, grads, alpha=0.05)
-        self.base.step()
-        return loss
+        ascent, _ = [p.detach().clone() for p in weights], closure()
+        torch._foreach_add_([p.data for p in weights], ascent, alpha=0.05)
+        closure()
+        torch._foreach_add_([p.data for p in weights], ascent, alpha=-0.05)
+        return super().step()
 
 
 class OfSharpness(Plain):

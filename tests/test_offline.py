@@ -484,24 +484,3 @@ def test_progress_is_shown_only_where_the_trainer_shows_it(tmp_path: Path, capsy
         t = trainer(tmp_path, max_steps=1, enable_progress_bar=shown, callbacks=[AdaLFLInit(steps=2)])
         t.fit(make(Ada, adalfl=fixed()), *loaders())
         assert ("Offline phase" in capsys.readouterr().err) is shown
-
-
-def test_weights_of_instances_are_part_of_it(tmp_path: Path) -> None:
-    """As where the instances without weight are left out."""
-    x, y = points(32, seed=4).tensors
-    weight = (torch.arange(32) % 2).float()
-
-    class Weighted(AdaSmooth):
-        def adalfl_predict(self, batch: Any) -> tuple[Tensor, ...]:
-            return (self(batch[0]), *batch[1:])
-
-    def learned(*tensors: Tensor) -> dict[str, Tensor]:
-        loader = DataLoader(TensorDataset(*tensors), len(tensors[0]))
-        module = make(Weighted, adalfl=fixed(meta_data=loader, own_loss=False, loss="paper"))
-        t = trainer(tmp_path, limit_train_batches=0, callbacks=[AdaLFLInit(3, 1e-2, 1, "initial", loader)])
-        t.fit(module, *loaders())
-        return phi(module)
-
-    kept = weight > 0
-    for name, value in learned(x, y, weight).items():
-        torch.testing.assert_close(value, learned(x[kept], y[kept])[name], rtol=1e-3, atol=1e-5)

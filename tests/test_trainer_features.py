@@ -26,7 +26,6 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from projects import (
     WATCHING,
     Ada,
-    AdaSmooth,
     Keep,
     Plain,
     RateTrace,
@@ -45,7 +44,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR
-from torch.utils.data import DataLoader
 
 from lightning_adalfl import AdaLFLInit
 
@@ -641,15 +639,3 @@ def test_a_compiled_module_trains_as_the_plain_one_and_learns_as_one_that_is_not
         assert module.adalfl.meta_steps == 6
         for name, value in expected.items():
             torch.testing.assert_close(phi(module)[name], value, rtol=1e-3, atol=1e-5)
-
-
-def test_with_a_loader_that_is_reused_by_two_runs(tmp_path: Path) -> None:
-    """The loaders are the user's: two runs over them are equal, since none has left a trace in them."""
-    train = DataLoader(points(), 16, shuffle=True, generator=torch.Generator().manual_seed(3))
-    ends = []
-    for _ in range(2):
-        train.generator.manual_seed(3)
-        module = make(AdaSmooth, adalfl=config())
-        trainer(tmp_path).fit(module, train, loaders()[1])
-        ends.append({**tensors(module), **phi(module)})
-    assert_same(*ends)
