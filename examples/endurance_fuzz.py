@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from endurance_training import AdaClassifier, quiet
+from lightning_adalfl.snapshots import LossShapeHistory, evaluate_loss_shape
 
 from lightning_adalfl import AdaLFLConfig, LearnedLoss, LossNetwork, LossTrajectory, TaylorLoss
-from lightning_adalfl.snapshots import LossShapeHistory, evaluate_loss_shape
 
 Reader = Callable[[Path], Any]
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from endurance_training import Settings, newest_checkpoint, run_child
+from lightning_adalfl.snapshots import LossShapeHistory
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_adalfl import LossTrajectory
-from lightning_adalfl.snapshots import LossShapeHistory
 
 # Of what a run is doing when it dies; "any" is a moment by the clock.
 MOMENTS = ("adalfl_offline", "any", "backward", "/tmp/", "loss_shape", "optimizer", "any", "events")

@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLInit
 from lightning_adalfl.adapter.meta_batches import train_loader
-from lightning_adalfl.adapter.offline import OfflinePhase
-from lightning_adalfl.adapter.offline_file import OfflineFile
+from lightning_adalfl.adapter.offline import OfflineFile, OfflinePhase
 
 
 def fixed(**options: Any) -> AdaLFLConfig:

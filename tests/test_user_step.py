@@ -534,7 +534,9 @@ def test_a_step_that_predicts_otherwise_is_refused_before_the_first_step(tmp_pat
 def test_mixup_with_a_probability_is_refused_when_it_first_mixes(tmp_path: Any) -> None:
     class Sometimes(Mixup):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step(batch, batch_idx) if self.global_step == 3 else Base.training_step(self, batch, 0)
+            return (
+                super().training_step(batch, batch_idx) if self.global_step == 3 else Base.training_step(self, batch, 0)
+            )
 
     with pytest.raises(ValueError, match="changes what it predicts from"):
         fit(tmp_path, adaptive(Sometimes), adalfl=AdaLFLConfig("multiclass", meta_every=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -48,6 +48,28 @@ def train_source(trainer: Any) -> Any:
         return given
     package = importlib.import_module(f"{package_of(type(trainer.lightning_module))}.utilities")
     return package.CombinedLoader(given, "max_size_cycle")
+
+
+def when_loaded(trainer: Any, change: Callable[[Any], None] | None) -> None:
+    """Have a training loader changed when Lightning has made it, before anything is drawn from it.
+
+    Args:
+        trainer: Whose loaders.
+        change: Changes a loader in place; it takes the place of an earlier one. ``None`` for no change any more.
+    """
+    connector = trainer._data_connector
+    vars(connector).pop("_prepare_dataloader", None)
+    if change is None:
+        return
+    prepare = connector._prepare_dataloader
+
+    def prepared(loader: Any, shuffle: bool, mode: Any) -> Any:
+        loader = prepare(loader, shuffle=shuffle, mode=mode)
+        if mode == "train":
+            change(loader)
+        return loader
+
+    connector._prepare_dataloader = prepared
 
 
 def val_source(trainer: Any) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_adalfl.adapter.lightning_private import loss_of
@@ -89,8 +88,6 @@ class ManualRun(OnlineRun):
 class ManualOptimization:
     """The hooks of a module whose ``automatic_optimization`` is ``False``."""
 
-    _adalfl_takes_step = False
-
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Go backward from a loss; where it depends on the predictions, its slope is bent on the way."""
         backward = super().manual_backward  # type: ignore[misc]
@@ -98,17 +95,6 @@ class ManualOptimization:
         if not isinstance(run, ManualRun):
             return backward(loss, *args, **kwargs)
         return run.backward(loss, lambda descended: backward(descended, *args, **kwargs))
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip where automatic optimization would: after a gradient scaler has taken its factor out."""
-        super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
-        run = self._adalfl_online()  # type: ignore[attr-defined]
-        if optimizer is run.optimizer:
-            run.check_evaluation()
-        if self._adalfl_takes_step:
-            self.configure_gradient_clipping(  # type: ignore[attr-defined]
-                optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
-            )
 
     def _adalfl_take_step(self, loss: Tensor, batch_idx: int) -> None:
         """Do with a loss what automatic optimization does.

@@ -12,7 +12,7 @@ from lightning_adalfl.adapter.private_loader import private_copy, start, twin
 from lightning_adalfl.config import AdaLFLConfig
 
 # What a stream of random numbers is for: streams of two purposes, seeds or passes have nothing in common.
-META, OFFLINE_BASE, OFFLINE_META, MASKS, DRAWS = range(5)
+META, OFFLINE_BASE, OFFLINE_META, MASKS, DRAWS, PROBES = range(6)
 
 
 def derived_seed(purpose: int, seed: int, number: int = 0) -> int:

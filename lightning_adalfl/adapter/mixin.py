@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adalfl.adapter import checkpoint as checkpoints
-from lightning_adalfl.adapter.clipping import NotedClipping
-from lightning_adalfl.adapter.hyperparameters import PlainHyperparameters, config_from, give_signature, plain_super
+from lightning_adalfl.adapter.checkpoint import PlainHyperparameters, config_from, give_signature, plain_super
 from lightning_adalfl.adapter.lightning_private import (
     is_own,
     package_of,
@@ -26,6 +25,7 @@ from lightning_adalfl.adapter.manual import ManualOptimization, ManualRun
 from lightning_adalfl.adapter.meta_batches import meta_loader
 from lightning_adalfl.adapter.offline import draw_parameters
 from lightning_adalfl.adapter.online import OnlineRun
+from lightning_adalfl.adapter.plugins import NotedClipping
 from lightning_adalfl.adapter.refusals import (
     base_optimizer,
     check_trainer,

@@ -146,7 +146,9 @@ class OnlineRun:
             self._is_checked = True
         descent = self.learner.objective.descend(loss, found.predicted)
         if found.recorded is not None:
-            self.base_step.forwards.append(BaseForward(found.recorded, found.predicted, descent, instances=self.instances))
+            self.base_step.forwards.append(
+                BaseForward(found.recorded, found.predicted, descent, instances=self.instances)
+            )
             own = {id(p) for p in self.base_step.parameters}
             others = [p for o in self.trainer.optimizers for g in o.param_groups for p in g["params"]]
             self._others = [(p, p.detach().clone()) for p in others if id(p) not in own and p.requires_grad]

@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 
 from lightning_adalfl.adapter.lightning_private import is_a
+from lightning_adalfl.adapter.recorded_indices import unrecorded
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
@@ -48,6 +49,7 @@ def private_copy(
     Raises:
         ValueError: For what can be gone through only once.
     """
+    loader = unrecorded(loader)
     if is_a(loader, "CombinedLoader"):
         own = copy.copy(loader)
         own.flattened = [private_copy(part, purpose, batch_size, replicas, limit) for part in loader.flattened]

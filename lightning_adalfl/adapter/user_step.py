@@ -86,7 +86,7 @@ class StepObserver:
         self._is_first = True
         self._draws_elsewhere = False
         self._batch: Any = None
-        self._versions: dict[int, int] = {}
+        self._first_versions: dict[int, int] = {}
         self._start: dict[str, Any] = {}
         self._wanted: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         # Of each input of an answered call: whether it was the very tensor of the batch.
@@ -101,7 +101,7 @@ class StepObserver:
             way: Says what is kept for an evaluation; ``None`` where there will be none.
         """
         self._batch = map_tensors(lambda t: t, batch)
-        self._versions = {id(t): version(t) for t in tensors_in(batch)}
+        self._first_versions = {id(t): version(t) for t in tensors_in(batch)}
         self.forget(way)
         everything = self._state.capture(everything=True) if self._is_first else None
         try:
@@ -125,7 +125,7 @@ class StepObserver:
     def end(self) -> None:
         """Let go of all that the step left."""
         self.forget(None)
-        self._batch, self._versions = None, {}
+        self._batch, self._first_versions = None, {}
 
     def _keep_start(self) -> None:
         random = RandomState.capture(self._device)
@@ -243,7 +243,7 @@ class StepObserver:
         pairs = zip(known.inputs, known.versions, given)
         is_changed = len(known.inputs) != len(given)
         for i, (old, at_call, new) in enumerate(pairs):
-            is_same = old is new and at_call == self._versions.get(id(old), at_call)
+            is_same = old is new and at_call == self._first_versions.get(id(old), at_call)
             was_same = self._same.get((id(known.module), answer, i))
             self._same.setdefault((id(known.module), answer, i), is_same)
             if is_same or (old is not new and was_same is False and old.shape == new.shape):
@@ -268,7 +268,7 @@ class StepObserver:
                 "outside of any module, or in other modules than `adalfl_predict`. Move it into a submodule or the "
                 "forward, and call the same modules in both."
             )
-        if not self._says_how and any(version(t) != self._versions.get(id(t), version(t)) for t in targets):
+        if not self._says_how and any(version(t) != self._first_versions.get(id(t), version(t)) for t in targets):
             raise ValueError(
                 f"{self._name}.training_step changes the target in place, which held-out batches would not see. "
                 + _SAY_HOW.format(name=self._name, prepare="y")

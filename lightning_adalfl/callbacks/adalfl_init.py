@@ -12,8 +12,7 @@ from tqdm.auto import tqdm
 
 from lightning_adalfl.adapter.lightning_private import lightning
 from lightning_adalfl.adapter.meta_batches import train_loader
-from lightning_adalfl.adapter.offline import OfflinePhase, untouched
-from lightning_adalfl.adapter.offline_file import OfflineFile
+from lightning_adalfl.adapter.offline import OfflineFile, OfflinePhase, untouched
 from lightning_adalfl.adapter.refusals import base_optimizer, checked_predict, learner_of
 from lightning_adalfl.checks import one_of, positive_number, whole_number
 

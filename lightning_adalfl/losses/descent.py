@@ -184,18 +184,20 @@ class Descent(ABC):
         return torch.stack(differences).sum()
 
     def influence(self, tangents: Sequence[Tensor]) -> Tensor:
-        """Return ``τ_i · h_i`` of each instance, (N,): how the held-out loss answers to its weight, to first order.
+        """Return ``τ_i · h_i`` of each row of the outputs, (N,): how the held-out loss answers to its weight.
 
         Raises:
             ValueError: If the loss is computed from outputs without a row for each instance.
         """
         count, shapes = len(self.predicted.predictions), [tuple(h.shape) for h in tangents]
-        if any(shape[:1] != (count,) for shape in shapes):
+        rows = (*shapes[0], 0)[0]
+        # A row may stand for several predictions, as a sequence does for its tokens.
+        if any(shape[:1] != (rows,) for shape in shapes) or rows == 0 or count % rows:
             raise ValueError(
                 f"the influence of {count} instances cannot be told from outputs of shapes {shapes}; let the modules "
                 "that `training_step` calls return a row for each instance."
             )
-        parts = [(tau * h.to(tau.dtype)).reshape(count, -1).sum(1) for tau, h in zip(self.own, tangents)]
+        parts = [(tau * h.to(tau.dtype)).reshape(rows, -1).sum(1) for tau, h in zip(self.own, tangents)]
         return torch.stack(parts).sum(0)
 
 
