@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLInit
 from lightning_adalfl.adapter.meta_batches import train_loader
-from lightning_adalfl.adapter.offline import OfflineFile, OfflinePhase
+from lightning_adalfl.adapter.offline import OfflinePhase
+from lightning_adalfl.callbacks.adalfl_init import OfflineFile
 
 
 def fixed(**options: Any) -> AdaLFLConfig:

@@ -29,7 +29,7 @@ class ManualRun(OnlineRun):
             batch: What it is given.
         """
         way, before = self._begin(), self._own_work() if self._is_own is None else None
-        if self.learner.config.meta_every is None and self._is_checked and not self._bends:
+        if self.learner.config.meta_every is None and self._is_checked and self.learner.objective.is_zero:
             output = step()
         else:
             with self._observer.observing(batch, way):

@@ -14,14 +14,13 @@ from lightning_adalfl.adapter.lightning_private import loss_of
 from lightning_adalfl.adapter.meta_batches import MASKS, EndlessBatches, derived_seed, transferred_meta_batch
 from lightning_adalfl.adapter.plugins import LossScale, broadcast, mean_over_processes, own_scale
 from lightning_adalfl.adapter.user_step import Found, StepObserver
-from lightning_adalfl.learning.base_step import BaseForward
+from lightning_adalfl.learning.base_step import BaseForward, Descent
 from lightning_adalfl.learning.hypergradient import Watch
 from lightning_adalfl.learning.jvp import JacobianProduct
 from lightning_adalfl.learning.meta_learner import MetaLearner
 from lightning_adalfl.learning.optimizer_vjp import Clipping
 from lightning_adalfl.learning.recorded_forward import Predict, RandomState, RandomStream
 from lightning_adalfl.learning.torch_private import norm
-from lightning_adalfl.losses.training_objective import BentLoss, Descent
 
 
 class OnlineRun:
@@ -112,7 +111,7 @@ class OnlineRun:
             batch: What it is given.
         """
         way = self._begin()
-        if self._is_checked and way is None and not self._bends:
+        if self._is_checked and way is None and self.learner.objective.is_zero:
             return step(), None
         with self._observer.observing(batch, way):
             output = step()
@@ -153,12 +152,6 @@ class OnlineRun:
             others = [p for o in self.trainer.optimizers for g in o.param_groups for p in g["params"]]
             self._others = [(p, p.detach().clone()) for p in others if id(p) not in own and p.requires_grad]
         return descent
-
-    @property
-    def _bends(self) -> bool:
-        """Whether a step is another than the user's own."""
-        objective = self.learner.objective
-        return self.learner.loss is not None and not (isinstance(objective, BentLoss) and objective.is_zero)
 
     # Around the optimizer's step.
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lightning_adalfl.adapter.module_state import ModuleState
 from lightning_adalfl.adapter.observed_calls import Call, ObservedCalls, equal_tensors, same_tensors
+from lightning_adalfl.learning.base_step import Predicted
 from lightning_adalfl.learning.jvp import JacobianProduct
 from lightning_adalfl.learning.recorded_forward import Predict, RandomState, RecordedForward, TorchState, Using
 from lightning_adalfl.learning.torch_private import leaves_of_graph, map_tensors, tensors_in, version
-from lightning_adalfl.losses.training_objective import Predicted
 
 _SAY_HOW = """Say how they are predicted, in a method of {name}:
 

@@ -72,7 +72,6 @@ class LossReplay(Callback):
                 f"{learner.loss.describe()}. Set `task` and `loss` in the AdaLFLConfig as in that run."
             )
         self._set(pl_module)
-        learner.is_initialised = True
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Set φ for the base step that is about to be taken."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_adalfl.checks import one_of
 from lightning_adalfl.learning.forward_mode import ForwardMode
 from lightning_adalfl.learning.jvp import DoubleBackward, FiniteDifference, JacobianProduct
 from lightning_adalfl.learning.optimizer_vjp import Clipping, OptimizerVJP, optimizer_vjp
@@ -89,7 +88,9 @@ class BaseStep:
         jvp: str | JacobianProduct = "forward",
         check: Callable[[Predicted], None] | None = None,
     ) -> None:
-        self.jvp = jvp if isinstance(jvp, JacobianProduct) else WAYS[one_of("jvp", jvp, WAYS)]()
+        if not isinstance(jvp, JacobianProduct) and jvp not in WAYS:
+            raise ValueError(f"`jvp` must be one of {tuple(WAYS)} or a JacobianProduct; got {jvp!r}.")
+        self.jvp = jvp if isinstance(jvp, JacobianProduct) else WAYS[jvp]()
         self.optimizer = optimizer
         self._make_vjp = optimizer_vjp(optimizer, self.jvp.is_exact)
         self.overwrites_gradient = not steps_as_torch(optimizer)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adalfl.losses.learned_loss import LearnedLoss
-from lightning_adalfl.losses.training_objective import BentLoss
 
 _UNREADABLE = (
     "the checkpoint's entry 'adalfl' cannot be read: it is damaged or of another version of lightning_adalfl. Take "
@@ -27,7 +26,7 @@ def state_of(learner: Any) -> dict[str, Any]:
         "config": learner.config.to_dict(),
         "loss": None if loss is None else loss.describe(),
         "phi": {} if loss is None else {name: t.detach().clone() for name, t in loss.state_dict().items()},
-        "is_zero": isinstance(objective, BentLoss) and objective.is_zero,
+        "is_zero": objective.is_zero,
         "rate": None if rate is None else rate.state_dict(),
         "meta_optimizer": learner._optimizer.state_dict(),
         "base_steps": learner.base_steps,
@@ -76,8 +75,7 @@ def _load(learner: Any, state: Mapping[str, Any]) -> None:
             loss.load_state_dict(state["phi"])
         except RuntimeError as error:
             raise ValueError(f"the checkpoint's φ does not fit `loss={config.loss!r}`: {error}") from error
-        if isinstance(learner.objective, BentLoss):
-            learner.objective.is_zero = bool(state["is_zero"])
+        learner.objective.is_zero = bool(state["is_zero"])
     if rate is not None:
         rate.load_state_dict(state["rate"])
     try:

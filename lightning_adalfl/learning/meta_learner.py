@@ -20,7 +20,7 @@ from lightning_adalfl.learning.recorded_forward import Predict
 from lightning_adalfl.learning.torch_private import norm
 from lightning_adalfl.losses.descent import Predicted
 from lightning_adalfl.losses.tasks import task_named
-from lightning_adalfl.losses.training_objective import BentLoss, OwnLoss, check_task_loss, initial_objective
+from lightning_adalfl.losses.training_objective import OwnLoss, check_task_loss, initial_objective
 
 RATE_HORIZON = 100  # base steps
 
@@ -191,8 +191,7 @@ class MetaLearner:
                 learned[name].grad = gradient.to(learned[name])
             self._optimizer.step()
             self._optimizer.zero_grad()
-            if isinstance(self.objective, BentLoss):
-                self.objective.is_zero = False
+            self.objective.is_zero = self.loss is None
         moved = norm([p.detach() for p in learned.values()])
         is_finite = torch.isfinite(size + found.task_loss.to(size) + moved.to(size))
         undo.unless(is_finite)
@@ -256,12 +255,11 @@ class MetaLearner:
 
     @torch.no_grad()
     def set_phi(self, values: Mapping[str, Tensor]) -> None:
-        """Put φ in place, by name."""
+        """Put φ in place, by name; it needs no offline phase then."""
         if self.loss is None:
             raise ValueError("there is no learned loss to set: `learn` is neither 'loss' nor 'both'.")
         self.loss.load_state_dict(dict(values))
-        if isinstance(self.objective, BentLoss):
-            self.objective.is_zero = False
+        self.objective.is_zero, self.is_initialised = False, True
 
     def to(self, device: torch.device | str) -> MetaLearner:
         """Move all that is learned, and the moments of the meta optimizer."""

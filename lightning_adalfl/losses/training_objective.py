@@ -26,9 +26,11 @@ class TrainingObjective(ABC):
 
     Attributes:
         loss: The learned loss, if there is one.
+        is_zero: Whether the user's own step is left as it is, to the bit.
     """
 
     loss: LearnedLoss | None = None
+    is_zero: bool = False
 
     @abstractmethod
     def descend(self, own_loss: Tensor, predicted: Predicted) -> Descent:
@@ -46,6 +48,8 @@ class TrainingObjective(ABC):
 
 class OwnLoss(TrainingObjective):
     """The user's own loss, as it is."""
+
+    is_zero = True
 
     def descend(self, own_loss: Tensor, predicted: Predicted) -> Descent:
         """Return the user's loss."""
