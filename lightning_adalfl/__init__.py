@@ -1,7 +1,7 @@
 """Adaptive loss functions for PyTorch Lightning: the loss is learned while the model trains (AdaLFL)."""
 
 from lightning_adalfl.adapter.mixin import AdaLFLMixin
-from lightning_adalfl.callbacks import AdaLFLInit, LossReplay, LossShapeLogger
+from lightning_adalfl.callbacks import AdaLFLInit, InfluenceLogger, LossReplay, LossShapeLogger
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.inspection import LossHistory
 from lightning_adalfl.learning import BaseStep, Hypergradient, JacobianProduct, hypergradient
@@ -16,6 +16,7 @@ __all__ = [
     "AdaLFLMixin",
     "BaseStep",
     "Hypergradient",
+    "InfluenceLogger",
     "JacobianProduct",
     "LearnedLoss",
     "LossHistory",

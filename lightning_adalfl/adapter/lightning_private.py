@@ -50,6 +50,12 @@ def train_source(trainer: Any) -> Any:
     return package.CombinedLoader(given, "max_size_cycle")
 
 
+def train_iterator(trainer: Any) -> Any:
+    """Return the iterator of the training loader that batches come from; of several, Lightning's own over them."""
+    combined = trainer.fit_loop._combined_loader._iterator
+    return combined.iterators[0] if len(combined.iterators) == 1 else combined
+
+
 def when_loaded(trainer: Any, change: Callable[[Any], None] | None) -> None:
     """Have a training loader changed when Lightning has made it, before anything is drawn from it.
 

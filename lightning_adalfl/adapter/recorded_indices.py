@@ -1,4 +1,4 @@
-"""Which instances a training batch holds: what its loader's sampler has drawn, seen as it passes."""
+"""Which instances a training batch holds: what the loader's batch sampler has drawn, seen as it passes."""
 
 from __future__ import annotations
 
@@ -9,148 +9,104 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-_REMEDY = (
-    "Say which instances a batch holds, in a method of {name}:\n\n"
+REMEDY = (
+    "Say which instances a batch holds, in a method of your module:\n\n"
     "    def adalfl_index(self, batch):\n"
-    "        return batch['index']  # whole numbers, one for each instance\n"
+    "        return batch['index']  # whole numbers from 0, one for each instance\n"
 )
 
 
 class RecordedIndices:
-    """A sampler that notes what is drawn from it; in all else, and in a copy, it is the one inside.
-
-    Args:
-        sampler: A batch sampler; or a sampler, of a loader without batches.
-    """
+    """A batch sampler that notes what is drawn from it; in all else it is the one inside."""
 
     def __init__(self, sampler: Any) -> None:
-        vars(self).update(_sampler=sampler, _passes=[], _now=None)
+        vars(self)["_sampler"] = sampler
 
     def __iter__(self) -> Iterator[Any]:
-        drawn = iter(self._sampler)
-        has_state = hasattr(drawn, "state_dict") and hasattr(drawn, "load_state_dict")
-        self._passes.append((_StatefulPass if has_state else _Pass)(drawn))
-        return self._passes[-1]
+        return _Pass(iter(self._sampler))
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_sampler"], name)
+        return getattr(vars(self).get("_sampler"), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._sampler, name, value)
 
-    def __copy__(self) -> Any:
-        return copy.copy(self._sampler)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._sampler, memo)
-
-    def of_batch(self, batch_idx: int, loader: Any) -> list[int]:
-        """Return the indices of a batch; those of batches before it are forgotten.
-
-        Args:
-            batch_idx: Lightning's, which counts from the epoch's first batch.
-            loader: Whose sampler this is.
-
-        Raises:
-            TypeError: If they are no whole numbers.
-        """
-        now = self._now
-        if now is None or batch_idx < now.position:
-            now = self._begun(batch_idx, loader)
-        while now.position < batch_idx:
-            now.position += 1
-            if now.drawn:
-                now.drawn.popleft()
-        if not now.drawn:
-            raise ValueError(
-                "a batch came that no sampler has drawn; the loader cuts or joins batches. "
-                + _REMEDY.format(name="your module")
-            )
-        found = now.drawn[0]
-        found = list(found) if hasattr(found, "__iter__") else [found]
-        if not all(hasattr(index, "__index__") for index in found):
-            raise TypeError(f"a sampler drew {found[:3]}, which are no indices. " + _REMEDY.format(name="your module"))
-        return found
-
-    def _begun(self, batch_idx: int, loader: Any) -> _Pass:
-        """Return the pass that Lightning has begun; a user may have gone through the loader too."""
-        drawn = [one for one in self._passes if one.count]
-        # The trainer draws its first pass before any callback can, and later ones after the last hook of an epoch.
-        now = drawn[0] if self._now is None else drawn[-1]
-        # A fit may go on within an epoch. A loader without a state begins anew then; one with a state may have drawn
-        # what it goes on behind.
-        has_state = hasattr(loader, "load_state_dict")
-        yielded = getattr(getattr(loader, "_iterator", None), "_sampler_iter_yielded", None)
-        is_behind = now.count == yielded if yielded is not None else now.count > batch_idx
-        now.position = 0 if has_state and is_behind else batch_idx
-        vars(self).update(_now=now, _passes=[])
-        return now
-
 
 class _Pass(Iterator[Any]):
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.drawn, self.count, self.position = inner, deque[Any](), 0, 0
+    """One pass through a batch sampler; workers draw from it ahead of the batch that is trained on."""
+
+    def __init__(self, inner: Iterator[Any]) -> None:
+        self.inner, self.drawn = inner, deque[Any]()
+        self.position: int | None = None
 
     def __next__(self) -> Any:
         found = next(self.inner)
         self.drawn.append(found)
-        self.count += 1
         return found
 
 
-class _StatefulPass(_Pass):
-    def state_dict(self) -> Any:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: Any) -> None:
-        self.inner.load_state_dict(state)
-
-
-def record(loader: Any, name: str) -> None:
-    """Have the indices noted that a map-style loader draws from now on.
+def record(loader: Any) -> None:
+    """Have the indices noted that a loader draws from now on.
 
     Args:
         loader: The training loader, before anything is drawn from it.
-        name: Of the module's class, for the error.
 
     Raises:
-        ValueError: If there are no indices.
+        ValueError: If it draws no indices from a batch sampler, or goes on in its own way when a fit is resumed.
     """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    is_plain = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    if not is_plain or loader.batch_sampler is None or hasattr(loader, "load_state_dict"):
         what = type(getattr(loader, "dataset", loader)).__name__
-        raise ValueError(f"the instances of {what} have no index to be told apart by. " + _REMEDY.format(name=name))
-    if recorded(loader) is None:
-        kind = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        _put(loader, kind, RecordedIndices(getattr(loader, kind)))
-
-
-def forget(loader: Any) -> None:
-    """Make a loader what it was before :func:`record`."""
-    for kind, sampler in list(vars(loader).items()):
-        if isinstance(sampler, RecordedIndices):
-            _put(loader, kind, sampler._sampler)
-
-
-def recorded(loader: Any) -> RecordedIndices | None:
-    """Return what notes the indices of a loader, if anything does."""
-    found = (getattr(loader, kind, None) for kind in ("batch_sampler", "sampler"))
-    return next((sampler for sampler in found if isinstance(sampler, RecordedIndices)), None)
+        raise ValueError(f"a {type(loader).__name__} over {what} does not tell which instances it draws. {REMEDY}")
+    if not isinstance(loader.batch_sampler, RecordedIndices):
+        _put(loader, RecordedIndices(loader.batch_sampler))
 
 
 def unrecorded(loader: Any) -> Any:
     """Return a loader as it was before :func:`record`; a copy, where it is recorded."""
-    if recorded(loader) is None:
+    if not isinstance(getattr(loader, "batch_sampler", None), RecordedIndices):
         return loader
     own = copy.copy(loader)
-    vars(own)["_iterator"] = None
-    forget(own)
+    vars(own).update(_iterator=None, batch_sampler=loader.batch_sampler._sampler)
     return own
 
 
-def _put(loader: Any, kind: str, sampler: Any) -> None:
-    vars(loader)[kind] = sampler  # a loader refuses to have it set in the plain way
+def forget(loader: Any) -> None:
+    """Make a loader what it was before :func:`record`."""
+    if isinstance(getattr(loader, "batch_sampler", None), RecordedIndices):
+        _put(loader, loader.batch_sampler._sampler)
+
+
+def indices_of(iterator: Any, batch_idx: int) -> list[int]:
+    """Return the indices of a batch; those of batches before it are forgotten.
+
+    Args:
+        iterator: The DataLoader's, which the trainer takes the batches from.
+        batch_idx: Of the batch. A resumed epoch begins with a number above zero, at the sampler's first batch.
+
+    Raises:
+        ValueError: If the batch sampler was not recorded, or the batch is none of its own.
+        TypeError: If it draws something else than whole numbers.
+    """
+    now = getattr(iterator, "_sampler_iter", None)
+    if not isinstance(now, _Pass):
+        raise ValueError(f"batches come from a {type(iterator).__name__} and no single DataLoader. {REMEDY}")
+    now.position = batch_idx if now.position is None else now.position
+    while now.position < batch_idx and now.drawn:
+        now.drawn.popleft()
+        now.position += 1
+    if not now.drawn:
+        raise ValueError(f"batch {batch_idx} is none that its sampler has drawn. {REMEDY}")
+    found = list(now.drawn[0])
+    if not all(hasattr(index, "__index__") for index in found):
+        raise TypeError(f"the sampler draws {found[0]!r}, which is no whole number. {REMEDY}")
+    return [int(index) for index in found]
+
+
+def _put(loader: Any, sampler: Any) -> None:
+    vars(loader)["batch_sampler"] = sampler  # a loader refuses to have it set in the plain way
     if getattr(loader, "_iterator", None) is not None:  # whose workers stay from pass to pass
         loader._iterator._index_sampler = sampler

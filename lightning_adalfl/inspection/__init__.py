@@ -2,10 +2,13 @@
 
 from lightning_adalfl.inspection.figures import plot_heatmap, plot_history
 from lightning_adalfl.inspection.history import LossHistory, read
+from lightning_adalfl.inspection.influence import InfluenceTable
+from lightning_adalfl.inspection.influence_figures import plot_images, plot_influence
 from lightning_adalfl.inspection.loss_shape import LossPath, LossShape, loss_shape
 from lightning_adalfl.inspection.report import LossReport, report
 
 __all__ = [
+    "InfluenceTable",
     "LossHistory",
     "LossPath",
     "LossReport",
@@ -13,6 +16,8 @@ __all__ = [
     "loss_shape",
     "plot_heatmap",
     "plot_history",
+    "plot_images",
+    "plot_influence",
     "read",
     "report",
 ]
