@@ -1,6 +1,11 @@
 """How the documentation is built: ``sphinx-build -W --keep-going docs docs/_build``."""
 
+from pygments.lexers.special import TextLexer
+from sphinx.highlighting import lexers
+
 from lightning_adalfl import __version__
+
+lexers["mermaid"] = TextLexer()  # drawn where the pages are read in a repository, shown as text on the site
 
 project = "lightning_adalfl"
 author = "The lightning_adalfl developers"

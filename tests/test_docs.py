@@ -1,4 +1,4 @@
-"""Every Python block of the README and the docs runs, page by page, in order."""
+"""What the documentation says is true: its code runs, and what it names is there."""
 
 from __future__ import annotations
 
@@ -6,29 +6,53 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
+import test_structure as structure
+import torch
+from projects import Plain, Smooth, adaptive, loaders, make, trainer
+
+import lightning_adalfl
+from lightning_adalfl import AdaLFLConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text())]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
-def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Block by block, in order; the README's has the reader's own module and loaders."""
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    train, trusted = loaders()
+    namespace: dict[str, object] = {"__name__": "__main__", "LitModel": Plain, "train": train, "trusted": trusted}
     with warnings.catch_warnings():
         # Advice about workers and log intervals is Lightning's to give for pages as small as these.
         warnings.filterwarnings("ignore", module="lightning")
         for number, block in enumerate(BLOCK.findall(page.read_text()), start=1):
             exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+    if page.name == "tutorial.md":  # which says what it prints
+        own, learned = re.findall(r"own loss ([\d.]+), with a learned shape ([\d.]+)", capsys.readouterr().out)[0]
+        assert float(learned) < 0.01
+        assert round(float(own), 1) == 0.4
 
 
 def test_the_readme_and_the_tutorial_have_code() -> None:
     assert {"README.md", "tutorial.md"} <= {page.name for page in WITH_CODE}
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) < 700
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -38,9 +62,147 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def named_tests(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the tests that a page names, as file and name; the name is empty where a file is named alone."""
+    yield from re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    for file, name in named_tests(page.read_text()):
+        path = ROOT / "tests" / file
+        assert path.exists(), f"{page.name} names {file}"
+        assert not name or re.search(rf"^(def|class) {name}\b", path.read_text(), re.MULTILINE), f"{file}::{name}"
+
+
+def test_each_promise_names_the_test_that_holds_it() -> None:
+    promises = (ROOT / "README.md").read_text().split("## Three promises")[1].split("\n## ")[0]
+    assert len(list(named_tests(promises))) == len(re.findall(r"^\d\. ", promises, re.MULTILINE)) == 3
+
+
+# The options.
+
+
+def option_rows() -> list[list[str]]:
+    table = (DOCS / "options.md").read_text().split("## Every field")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def test_the_options_are_the_fields_of_the_configuration() -> None:
+    known = {f"`{f.name}`": "" if f.default is MISSING else f.default for f in fields(AdaLFLConfig)}
+    rows = option_rows()
+    assert [row[0] for row in rows] == list(known)
+    for name, default, when in rows:
+        assert (eval(default.strip("`")) if default else "") == known[name], name
+        assert when.endswith("."), name
+
+
+def test_the_changelog_and_the_page_on_moving_name_every_field_that_went() -> None:
+    moving = (DOCS / "moving_from_0.1.md").read_text()
+    for name in sorted(FIELDS_OF_0_1 - {f.name for f in fields(AdaLFLConfig)}):
+        assert f"`{name}`" in CHANGELOG, name
+        assert f"`{name}`" in moving, name
+
+
+FIELDS_OF_0_1 = {
+    *("task", "task_loss", "representation", "output_activation", "bias", "weight_init", "reduction", "residual"),
+    *("initial_loss", "meta_lr", "lr_meta_lr", "meta_optimizer", "meta_every", "meta_data", "meta_batch_size"),
+    *("base_fraction", "hypergradient", "max_gain", "min_cosine", "gain_lr", "gain_horizon", "safeguard"),
+    *("safeguard_window", "learn", "online"),
+}
+
+
+def test_the_pages_say_what_public_names_there_are() -> None:
+    api = (DOCS / "api.md").read_text()
+    for name in lightning_adalfl.__all__:
+        assert re.search(rf"^\.\. auto(class|function):: {name}$", api, re.MULTILINE), name
+
+
+# The refusals.
+
+
+def source() -> str:
+    """Return the source of the package, with string literals that stand one after another joined."""
+    text = "\n".join(path.read_text() for path in structure.FILES)
+    return re.sub(r"\s+", " ", re.sub(r'"\s*(?:\+\s*_REMEDY[^\n]*)?\n\s*f?"', "", text))
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_package() -> None:
+    known = source()
+    quoted = re.findall(r"^### “(.*)”$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) >= 25
+    for message in quoted:
+        for part in message.split("…"):  # what depends on the case
+            assert part.strip(" .") in known, message
+
+
+# The architecture.
+
+
+def walk() -> list[tuple[str, str]]:
+    """Return the files and functions of the walk, in its order."""
+    text = (DOCS / "architecture.md").read_text().split("## One training step")[1].split("\n## ")[0]
+    return re.findall(r"^\| [^|]*\| `([\w/]+)` \| `(\w+)` \|", text, re.MULTILINE)
+
+
+def test_the_files_that_the_architecture_names_exist() -> None:
+    text = (DOCS / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:adapter|callbacks|inspection|learning|losses)/\w+)(?:\.py)?`", text))
+    named |= {"/".join(name.split(".")) for name in re.findall(r"`(\w+)\.py`", text)}
+    assert named
+    for name in named:
+        assert (structure.PACKAGE / f"{name}.py").exists(), name
+
+
+def test_every_room_is_in_the_picture_with_the_arrows_that_the_code_has() -> None:
+    text = (DOCS / "architecture.md").read_text()
+    picture = re.search(r"```\{?mermaid\}?\n(.*?)```", text, re.DOTALL)
+    assert picture is not None
+    drawn = {tuple(arrow) for arrow in re.findall(r"^\s*(\w+)(?:\[[^\]]*\])? --> (\w+)", picture[1], re.MULTILINE)}
+    room = structure.room
+    found = {(room(a), room(b)) for a, others in structure.GRAPH.items() for b in others if room(a) != room(b)}
+    found = {(a, b) for a, b in found if a != "__init__"}
+    assert drawn == {(a.strip("_"), b.strip("_")) for a, b in found}
+    for name in structure.ROOMS:
+        assert re.search(rf"^\| `{name}(\.py|/)?` \|", text, re.MULTILINE), name
+
+
+class WithAdam(Smooth):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+def test_the_walk_is_that_of_a_default_step(tmp_path: Any) -> None:
+    """The functions of the page are called in its order by a step that a meta step follows."""
+    called: list[tuple[str, str]] = []
+
+    def trace(frame: Any, event: str, argument: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and structure.PACKAGE in path.parents:
+            called.append((str(path.relative_to(structure.PACKAGE).with_suffix("")), frame.f_code.co_name))
+
+    class Follow(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 19:
+                sys.setprofile(trace)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            sys.setprofile(None)
+
+    module = make(adaptive(WithAdam), adalfl=AdaLFLConfig("multiclass"))
+    trainer(tmp_path, max_epochs=-1, max_steps=20, callbacks=[Follow()]).fit(module, *loaders())
+    assert module.adalfl.meta_steps == 2
+    position = 0
+    for visit in walk():
+        assert visit in called[position:], f"{visit} is not called, or before the one above it"
+        position = called.index(visit, position) + 1
+    assert position
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(ROOT / "docs"), str(tmp_path)]
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(DOCS), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "tutorial.html").exists()
