@@ -74,14 +74,14 @@ def train(fabric: Fabric, rows: Rows, trusted: Rows | None, max_steps: int, seed
     return model
 
 
-def main() -> None:
-    """Train both ways, and test."""
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Train both ways, and print and return the test errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--precision", default="32-true", help="such as bf16-mixed; 16-mixed needs a scaler's factor")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     fabric = Fabric(accelerator=args.accelerator, devices=1, precision=args.precision)
     fabric.launch()
@@ -92,9 +92,11 @@ def main() -> None:
     }
     x, y = fabric.to_device(test)
     print(f"Test error on {len(y)} digits after {args.max_steps:,} steps\n")
-    for name, model in models.items():
-        with torch.no_grad():
-            print(f"{name:30}{(model(x).argmax(1) != y).float().mean().item():8.4f}")
+    with torch.no_grad():
+        errors = {name: (model(x).argmax(1) != y).float().mean().item() for name, model in models.items()}
+    for name, error in errors.items():
+        print(f"{name:30}{error:8.4f}")
+    return errors
 
 
 if __name__ == "__main__":

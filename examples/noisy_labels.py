@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -33,41 +32,17 @@ DOUBLES = torch.tensor([6, 7, 3, 2, 9, 8, 0, 1, 5, 4])  # of 0, 1, …, 9
 TRAIN = 4000
 
 
-class NoisyDigits(L.LightningDataModule):
-    """The digits, with wrong labels among those to train with.
-
-    Args:
-        mixed_up: The share of training labels that are those of the digit's double.
-        trusted: How many digits to validate with; what is left tests.
-        seed: Of the split, and of which labels are wrong.
-    """
-
-    def __init__(self, mixed_up: float = 0.4, trusted: int = 200, seed: int = 0) -> None:
-        super().__init__()
-        images, labels = mnist_data()
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(labels), generator=generator)
-        x = (torch.from_numpy(images)[order].float() / 255).view(-1, 1, 28, 28)
-        y = torch.from_numpy(labels)[order].long()
-        self.is_wrong = torch.rand(TRAIN, generator=generator) < mixed_up
-        noisy = torch.where(self.is_wrong, DOUBLES[y[:TRAIN]], y[:TRAIN])
-        end = TRAIN + trusted
-        self.rows = {"train": (x[:TRAIN], noisy), "val": (x[TRAIN:end], y[TRAIN:end]), "test": (x[end:], y[end:])}
-
-    def _loader(self, name: str) -> DataLoader[Any]:
-        return DataLoader(TensorDataset(*self.rows[name]), batch_size=64, shuffle=name == "train")
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the digits with wrong labels among them."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return the digits that can be trusted."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return digits with right labels."""
-        return self._loader("test")
+def load_digits(mixed_up: float, trusted: int, seed: int) -> list[TensorDataset]:
+    """Return digits to train with, a part of them with the label of their double; to trust; and to test with."""
+    images, labels = mnist_data()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    x = (torch.from_numpy(images)[order].float() / 255).view(-1, 1, 28, 28)
+    y = torch.from_numpy(labels)[order].long()
+    is_wrong = torch.rand(TRAIN, generator=generator) < mixed_up
+    y[:TRAIN] = torch.where(is_wrong, DOUBLES[y[:TRAIN]], y[:TRAIN])
+    sizes = [TRAIN, trusted, len(y) - TRAIN - trusted]
+    return [TensorDataset(*rows) for rows in zip(x.split(sizes), y.split(sizes))]
 
 
 class LitDigits(L.LightningModule):
@@ -115,53 +90,49 @@ class AdaDigits(AdaLFLMixin, LitDigits):
     """The same, trained with a loss that learns."""
 
 
-def trainer(max_steps: int, *callbacks: L.Callback) -> L.Trainer:
-    """Return a Trainer with what a project has."""
-    return L.Trainer(
-        max_steps=max_steps,
-        callbacks=list(callbacks),
-        gradient_clip_val=5.0,
-        accelerator="auto" if torch.cuda.is_available() else "cpu",
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        enable_model_summary=False,
-        log_every_n_steps=10,
-    )
-
-
-def main() -> None:
-    """Train both ways, print the table, and draw the loss that was learned."""
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Train both ways, print and return the test errors, and draw the loss that was learned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-steps", type=int, default=1200, help="training steps of each run")
     parser.add_argument("--mixed-up", type=float, default=0.4, help="share of the training labels that are wrong")
     parser.add_argument("--trusted", type=int, default=200, help="digits whose labels are right, to learn the loss by")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, default=Path("noisy_labels.png"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    data = NoisyDigits(args.mixed_up, args.trusted, args.seed)
+    data = load_digits(args.mixed_up, args.trusted, args.seed)
+    train, trusted, test = (DataLoader(rows, 64, shuffle=rows is data[0]) for rows in data)
 
-    L.seed_everything(args.seed, verbose=False)
-    best = ModelCheckpoint(monitor="val_error")
-    plain = LitDigits()
-    fit = trainer(args.max_steps, best)
-    fit.fit(plain, data)
-    errors = {"own loss, at the end": fit.test(plain, data, verbose=False)[0]["test_error"]}
-    stopped = fit.test(plain, data, ckpt_path=best.best_model_path, verbose=False)[0]
-    errors["own loss, best checkpoint"] = stopped["test_error"]
+    def fit(kind: type[L.LightningModule], *callbacks: L.Callback, **options: Any) -> L.Trainer:
+        L.seed_everything(args.seed, verbose=False)
+        trainer = L.Trainer(
+            max_steps=args.max_steps,
+            callbacks=list(callbacks),
+            gradient_clip_val=5.0,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            log_every_n_steps=10,
+        )
+        trainer.fit(kind(**options), train, trusted)
+        return trainer
 
-    L.seed_everything(args.seed, verbose=False)
-    shapes = LossShapeLogger()
-    learning = AdaDigits(adalfl=AdaLFLConfig(task="multiclass"))
-    fit = trainer(args.max_steps, shapes)
-    fit.fit(learning, data)
-    errors["with lightning_adalfl"] = fit.test(learning, data, verbose=False)[0]["test_error"]
+    def error(trainer: L.Trainer, path: str | None = None) -> float:
+        return trainer.test(trainer.lightning_module, test, path, verbose=False)[0]["test_error"]
 
-    print(f"\n{int(data.is_wrong.sum()):,} of {TRAIN:,} training labels are wrong; {args.trusted} digits are trusted\n")
-    for name, error in errors.items():
-        print(f"{name:28} test error {error:.3f}")
-    plot_history(shapes.history).savefig(args.picture)
-    print(f"\nThe loss that was learned, each pair of classes a thin line: {args.picture}")
+    best, shapes = ModelCheckpoint(monitor="val_error"), LossShapeLogger()
+    own = fit(LitDigits, best)
+    learned = fit(AdaDigits, shapes, adalfl=AdaLFLConfig(task="multiclass"))
+    errors = {
+        "own loss, at the end": error(own),
+        "own loss, best checkpoint": error(own, best.best_model_path or None),
+        "with lightning_adalfl": error(learned),
+    }
+    print(f"\nTest error after {args.max_steps:,} steps; {args.mixed_up:.0%} of {TRAIN:,} labels are wrong\n")
+    for name, value in errors.items():
+        print(f"{name:28}{value:8.3f}")
+    plot_history(shapes.history).savefig("noisy_labels.png")
+    print("\nThe loss that was learned, each pair of classes a thin line: noisy_labels.png")
+    return errors
 
 
 if __name__ == "__main__":

@@ -75,12 +75,12 @@ def train_with_a_learner(train: Rows, trusted: Rows, max_steps: int, seed: int) 
     return model
 
 
-def main() -> None:
-    """Train both ways, and test."""
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Train both ways, and print and return the test errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     train, trusted, (x, y) = load_rows(args.seed)
     models = {
@@ -88,9 +88,11 @@ def main() -> None:
         "own loss, its shape learned": train_with_a_learner(train, trusted, args.max_steps, args.seed),
     }
     print(f"Mean squared error on {TEST:,} test rows after {args.max_steps:,} steps; a constant has 1\n")
-    for name, model in models.items():
-        with torch.no_grad():
-            print(f"{name:30}{F.mse_loss(model(x), y).item():8.4f}")
+    with torch.no_grad():
+        errors = {name: F.mse_loss(model(x), y).item() for name, model in models.items()}
+    for name, error in errors.items():
+        print(f"{name:30}{error:8.4f}")
+    return errors
 
 
 if __name__ == "__main__":

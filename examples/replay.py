@@ -1,17 +1,15 @@
-"""Record the losses that AdaLFL trains with, and replay them on another seed at the cost of ordinary training.
+"""Learn a loss once, and train others with it: no held-out data, no meta steps, the cost of ordinary training.
 
-python examples/replay.py                                   # Fashion-MNIST, LeNet-5; record on seed 0, replay on seed 1
-python examples/replay.py --replay-model mlp --seeds 1 2 3  # another model, several seeds
+python replay.py                          # a minute on a CPU
 
-Every method starts from the same parameters and sees the same batches for a seed: the handcrafted loss, the same at the
-learning rate times the largest gain of the schedule, AdaLFL itself, the recorded schedule, and two frozen losses of it,
-with the largest gain and the last.
+Forty in a hundred training labels are flipped, each class to the next one. A small network learns its loss from 100
+digits that can be trusted, and its history is kept. A wider network is trained with that history, from other initial
+parameters and on other digits with wrong labels, beside its own loss and beside a loss that it learns itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
 import warnings
@@ -21,158 +19,113 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from base_models import build_model
-from tasks import Task, load_task, loaders
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_adalfl import (
-    AdaLFLConfig,
-    AdaLFLInit,
-    AdaLFLMixin,
-    LossTrajectory,
-    TrajectoryRecorder,
-    TrajectoryReplay,
-)
+from lightning_adalfl import AdaLFLConfig, AdaLFLMixin, LossReplay, LossShapeLogger
+
+TRAIN, TRUSTED = 1000, 100  # the other 697 test
 
 
-class Learner(L.LightningModule):
-    """A base model with plain SGD."""
+def load_rows(seed: int) -> list[TensorDataset]:
+    """Return digits to train with, of which 40% have the next class, digits to trust, and digits to test with."""
+    images, labels = load_digits(return_X_y=True)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    x, y = torch.from_numpy(images)[order].float() / 16, torch.from_numpy(labels)[order].long()
+    is_wrong = torch.rand(TRAIN, generator=generator) < 0.4
+    noisy = torch.where(is_wrong, (y[:TRAIN] + 1) % 10, y[:TRAIN])
+    end = TRAIN + TRUSTED
+    return [
+        TensorDataset(x[:TRAIN], noisy),
+        TensorDataset(x[TRAIN:end], y[TRAIN:end]),
+        TensorDataset(x[end:], y[end:]),
+    ]
 
-    def __init__(self, task: Task, model: str, lr: float) -> None:
+
+class LitDigits(L.LightningModule):
+    """A network of two hidden layers.
+
+    Args:
+        width: Of the hidden layers.
+    """
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.model = build_model(model, task.inputs, task.outputs)
-        self.task_loss = F.cross_entropy if task.kind == "multiclass" else F.mse_loss
-        self.lr = lr
+        hidden = (nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.model = nn.Sequential(*hidden, nn.Linear(width, 10))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits or values."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of shape (N, 10)."""
         return self.model(x)
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """Return the task loss."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the cross-entropy."""
         x, y = batch
-        return self.task_loss(self(x), y)
+        return F.cross_entropy(self(x), y)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the share of wrong answers."""
+        x, y = batch
+        self.log("test_error", (self(x).argmax(1) != y).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return plain SGD."""
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
+        """Return Adam."""
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
-class AdaLearner(AdaLFLMixin, Learner):
-    """The same with a learned loss."""
+class AdaDigits(AdaLFLMixin, LitDigits):
+    """The same, trained with a loss that learns, or one that is replayed."""
 
 
-def train(
-    task: Task,
-    model: str,
-    seed: int,
-    args: argparse.Namespace,
-    callbacks: list[L.Callback],
-    rate: float,
-    **options: Any,
-) -> dict[str, Any]:
-    """Train from the parameters of ``seed``; return the test error and what the whole fit took."""
-    data = loaders(task, batch_size=128, seed=seed)
-    L.seed_everything(seed, verbose=False)
-    # The base parameters are drawn first, so they are the same with and without a learned loss.
-    module = AdaLearner(task, model, rate, **options) if options else Learner(task, model, rate)
-    trainer = L.Trainer(
-        max_steps=args.max_steps,
-        callbacks=callbacks,
-        default_root_dir=args.log_dir,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        limit_val_batches=0,
-        accelerator="cpu",
-    )
-    start, start_cpu = time.perf_counter(), time.process_time()
-    trainer.fit(module, data.train, data.val)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
-    module.eval()
-    with torch.no_grad():
-        wrong = [module(x).argmax(1) != y for x, y in data.test]
-    error = torch.cat(wrong).float().mean().item()
-    return {"test_error": round(error, 4), "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
-
-
-def frozen(trajectory: LossTrajectory, step: int, path: Path) -> Path:
-    """Keep the loss of one step as a schedule that never changes."""
-    loss = trajectory.build()
-    trajectory.write_into(loss, step)
-    still = LossTrajectory()
-    still.append(0, loss)
-    still.save(path)
-    return path
-
-
-def main() -> None:
-    """Record, replay, and print and keep the table."""
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Record, replay, and print and return the test errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=["fashion_mnist", "mnist", "mnist5k"], default="fashion_mnist")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="where the data are kept")
-    parser.add_argument("--model", default="lenet5", help="the model that the losses are recorded with")
-    parser.add_argument("--replay-model", help="the model that they are replayed with; by default the same")
-    parser.add_argument("--recipe", choices=["library", "paper"], default="library")
-    parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--max-steps", type=int, default=2000, help="base steps of each run")
-    parser.add_argument("--init-steps", type=int, default=0, help="meta steps of an offline phase")
-    parser.add_argument("--record-seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds to replay on")
-    parser.add_argument("--log-dir", type=Path, default=Path("lightning_logs/replay"))
-    parser.add_argument("--output", type=Path, help="a JSON file for the results")
-    args = parser.parse_args()
-
-    torch.set_num_threads(1)
+    parser.add_argument("--max-steps", type=int, default=2000, help="training steps of each run")
+    parser.add_argument("--seed", type=int, default=0, help="of the recording; the others have the next one")
+    parser.add_argument("--folder", type=Path, default=Path("lightning_logs"), help="where the history is kept")
+    args = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
-    task = load_task(args.data, args.root, args.record_seed)
-    config = AdaLFLConfig.paper(task.kind) if args.recipe == "paper" else AdaLFLConfig(task.kind)
-    replaying = AdaLFLConfig.from_dict({**config.to_dict(), "online": False})
-    replay_model = args.replay_model or args.model
+    def fit(width: int, seed: int, how: str, *callbacks: L.Callback) -> float:
+        train, trusted, test = load_rows(seed)
+        L.seed_everything(seed, verbose=False)
+        if how == "own":
+            module = LitDigits(width)
+        elif how == "learned":
+            held_out = DataLoader(trusted, 64, shuffle=True)
+            module = AdaDigits(width, adalfl=AdaLFLConfig(task="multiclass", meta_data=held_out))
+        else:
+            module = AdaDigits(width, adalfl=AdaLFLConfig(task="multiclass", meta_every=None))
+        trainer = L.Trainer(
+            max_steps=args.max_steps,
+            callbacks=list(callbacks),
+            default_root_dir=args.folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        began = time.perf_counter()
+        trainer.fit(module, DataLoader(train, 64, shuffle=True))
+        seconds.append(time.perf_counter() - began)
+        return trainer.test(module, DataLoader(test, 697), verbose=False)[0]["test_error"]
 
-    def init() -> list[L.Callback]:
-        return [AdaLFLInit(steps=args.init_steps)] if args.init_steps else []
-
-    recorder = TrajectoryRecorder()
-    recorded = train(task, args.model, args.record_seed, args, [*init(), recorder], args.lr, adalfl=config)
-    print(f"recorded on seed {args.record_seed}: {recorded}", flush=True)
-    path = args.log_dir / "loss_trajectory.safetensors"
-    trajectory = LossTrajectory.load(path)
-    peak_step = max(trajectory.steps, key=trajectory.gain_at)
-    peak = frozen(trajectory, peak_step, args.log_dir / "peak.safetensors")
-    last = frozen(trajectory, trajectory.steps[-1], args.log_dir / "last.safetensors")
-
-    rows: list[dict[str, Any]] = []
-    for seed in args.seeds:
-        runs: dict[str, tuple[list[L.Callback], dict[str, Any]]] = {
-            "handcrafted": ([], {}),
-            "matched rate": ([], {}),
-            "AdaLFL": (init(), {"adalfl": config}),
-            "replay": ([TrajectoryReplay(path, steps=args.max_steps)], {"adalfl": replaying}),
-            "frozen peak": ([TrajectoryReplay(peak)], {"adalfl": replaying}),
-            "frozen last": ([TrajectoryReplay(last)], {"adalfl": replaying}),
-        }
-        for name, (callbacks, options) in runs.items():
-            rate = args.lr * trajectory.gain_at(peak_step) if name == "matched rate" else args.lr
-            row = train(task, replay_model, seed, args, callbacks, rate, **options)
-            rows.append({"loss": name, "seed": seed, "lr": rate, **row})
-            print(rows[-1], flush=True)
-
-    print(f"\n{replay_model} on {args.data}, {args.max_steps} steps, lr {args.lr}, seeds {args.seeds}\n")
-    print(f"{'loss':14} {'test error':>11} {'seconds':>8} {'CPU seconds':>12}")
-    for name in dict.fromkeys(row["loss"] for row in rows):
-        own = [row for row in rows if row["loss"] == name]
-        mean = {key: sum(row[key] for row in own) / len(own) for key in ("test_error", "seconds", "cpu_seconds")}
-        print(f"{name:14} {mean['test_error']:11.4f} {mean['seconds']:8.1f} {mean['cpu_seconds']:12.1f}")
-    if args.output:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        settings = {name: value for name, value in settings.items() if name not in ("root", "log_dir", "output")}
-        gains = {step: round(trajectory.gain_at(step), 4) for step in trajectory.steps}
-        result = {"settings": settings, "recorded": recorded, "bytes": path.stat().st_size, "gain": gains, "runs": rows}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    seconds: list[float] = []
+    recorded = fit(64, args.seed, "learned", LossShapeLogger(every_n_steps=50))
+    print(f"\nA network of width 64 has learned its loss; it ends with a test error of {recorded:.3f}\n")
+    replay = LossReplay(args.folder / "loss_history.safetensors")
+    errors = {
+        "own loss": fit(256, args.seed + 1, "own"),
+        "own loss, its shape learned": fit(256, args.seed + 1, "learned"),
+        "own loss, its shape replayed": fit(256, args.seed + 1, "replayed", replay),
+    }
+    print(f"{'A network of width 256, on other digits':42}{'test error':>10}{'seconds':>9}")
+    for (name, error), spent in zip(errors.items(), seconds[1:]):
+        print(f"{name:42}{error:10.3f}{spent:9.1f}")
+    return errors
 
 
 if __name__ == "__main__":

@@ -1,103 +1,129 @@
-"""Segmentation: find discs and squares in small noisy images; logits (N, C, H, W), targets (N, H, W).
+"""Segmentation with void pixels: the outlines belong to no class, and in some images the classes were exchanged.
 
-python examples/segmentation.py --steps 200
+python segmentation.py                    # a minute on a CPU
+
+A small network finds discs and squares in noisy images. Pixels on an outline are marked 255 and do not count, as in
+the usual data sets; `ignore_index=255` says so to the library as it does to the cross-entropy. In 40% of the training
+images disc and square were taken for each other. 64 images can be trusted.
 """
 
 from __future__ import annotations
 
 import argparse
-from itertools import pairwise
+import logging
+import warnings
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.classification import MulticlassJaccardIndex
 
-from lightning_adalfl import AdaLFLConfig, AdaLFLInit, AdaLFLMixin, LossShapeLogger
+from lightning_adalfl import AdaLFLConfig, AdaLFLMixin
 
-SIZE = 24
-
-
-def draw_images(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return images (N, 1, H, W) and the class of each pixel (N, H, W): background, disc, square."""
-    rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-    centre = torch.randint(6, SIZE - 6, (count, 2, 2, 1, 1), generator=generator)
-    distance = torch.stack([rows, columns]) - centre.transpose(0, 1)[:, :, :, 0, 0, None, None].transpose(0, 1)
-    disc = distance[:, 0].square().sum(1) < 16
-    square = distance[:, 1].abs().amax(1) < 4
-    target = torch.where(square, 2, disc.long())
-    images = (target > 0).float() + 0.5 * torch.randn(target.shape, generator=generator)
-    return images.unsqueeze(1), target
+SIZE, VOID = 24, 255
 
 
-class Segmenter(L.LightningModule):
-    """A small convolutional network with one output channel a class."""
+def draw_images(count: int, exchanged: float, seed: int) -> TensorDataset:
+    """Return images (N, 1, H, W), and the class of each pixel (N, H, W): background 0, disc 1, square 2, void 255."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.stack(torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij"))
+    centres = torch.randint(6, SIZE - 6, (2, count, 2, 1, 1), generator=generator)
+    to_disc, to_square = (grid - centres[0]).square().sum(1).sqrt(), (grid - centres[1]).abs().amax(1)
+    target = torch.where(to_square < 4, 2, (to_disc < 5).long())
+    images = (target > 0).float() + 0.3 * torch.randn(target.shape, generator=generator)
+    is_wrong = torch.rand(count, 1, 1, generator=generator) < exchanged
+    target = torch.where(is_wrong & (target > 0), 3 - target, target)
+    target[(to_square == 3) | ((to_disc - 4.5).abs() < 0.5) & (to_square > 3)] = VOID
+    return TensorDataset(images.unsqueeze(1), target)
+
+
+class LitSegmenter(L.LightningModule):
+    """A small convolutional network with an output for each class."""
 
     def __init__(self, lr: float = 0.05) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        widths = [1, 16, 16, 16]
-        blocks = [
-            nn.Sequential(nn.Conv2d(a, b, 5, padding=2), nn.BatchNorm2d(b), nn.ReLU()) for a, b in pairwise(widths)
-        ]
-        self.model = nn.Sequential(*blocks, nn.Conv2d(16, 3, 1))
-        self.val_iou = MulticlassJaccardIndex(3)
-        self.test_iou = MulticlassJaccardIndex(3)
+        self.lr = lr
+        layers: list[nn.Module] = []
+        for inputs, dilation in ((1, 1), (24, 2), (24, 2)):
+            convolution = nn.Conv2d(inputs, 24, 5, padding=2 * dilation, dilation=dilation)
+            layers += [convolution, nn.BatchNorm2d(24), nn.ReLU()]
+        self.model = nn.Sequential(*layers, nn.Conv2d(24, 3, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of shape (N, 3, H, W)."""
         return self.model(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the cross-entropy of the pixels."""
+        """Return the cross-entropy of the pixels that count."""
         x, y = batch
-        return F.cross_entropy(self(x), y)
+        return F.cross_entropy(self(x), y, ignore_index=VOID)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the intersection over union."""
-        x, y = batch
-        self.val_iou(self(x), y)
-        self.log("val_iou", self.val_iou)
+        """Log the share of wrong pixels."""
+        self.log("val_error", self._error(batch))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the intersection over union."""
+        """Log the share of wrong pixels."""
+        self.log("test_error", self._error(batch))
+
+    def _error(self, batch: Any) -> Tensor:
+        """Return the share of wrong pixels among those of discs and squares."""
         x, y = batch
-        self.test_iou(self(x), y)
-        self.log("test_iou", self.test_iou)
+        counts = (y != VOID) & (y > 0)
+        return (self(x).argmax(1) != y)[counts].float().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return SGD with momentum."""
-        return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
-class AdaSegmenter(AdaLFLMixin, Segmenter):
-    """The same with a loss that learns."""
+class AdaSegmenter(AdaLFLMixin, LitSegmenter):
+    """The same, trained with a loss that learns."""
 
 
-def main() -> None:
-    """Train and test."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--init-steps", type=int, default=0, help="meta steps of an offline phase")
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Train both ways, and print and return the test errors."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max-steps", type=int, default=400, help="training steps of each run")
+    parser.add_argument("--exchanged", type=float, default=0.4, help="share of the images with exchanged classes")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    train = DataLoader(draw_images(512, args.exchanged, 3 * args.seed), 32, shuffle=True)
+    trusted, test = (DataLoader(draw_images(64 + 192 * k, 0.0, 3 * args.seed + 1 + k), 256) for k in (0, 1))
 
-    L.seed_everything(0)
-    generator = torch.Generator().manual_seed(0)
-    train, val, test = (
-        DataLoader(TensorDataset(*draw_images(count, generator)), 32, shuffle=count == 512) for count in (512, 128, 256)
-    )
-    model = AdaSegmenter(adalfl=AdaLFLConfig(task="multiclass"))
-    trainer = L.Trainer(
-        max_steps=args.steps,
-        log_every_n_steps=10,
-        enable_checkpointing=False,
-        callbacks=[AdaLFLInit(steps=args.init_steps), LossShapeLogger(every_n_steps=20)],
-    )
-    trainer.fit(model, train, val)
-    trainer.test(model, test)
+    def fit(kind: type[L.LightningModule], checkpoint: ModelCheckpoint | None = None, **options: Any) -> L.Trainer:
+        L.seed_everything(args.seed, verbose=False)
+        trainer = L.Trainer(
+            max_steps=args.max_steps,
+            callbacks=[checkpoint] if checkpoint else [],
+            enable_checkpointing=checkpoint is not None,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            log_every_n_steps=10,
+        )
+        trainer.fit(kind(**options), train, trusted)
+        return trainer
+
+    def error(trainer: L.Trainer, path: str | None = None) -> float:
+        return trainer.test(trainer.lightning_module, test, path, verbose=False)[0]["test_error"]
+
+    best = ModelCheckpoint(monitor="val_error")
+    own = fit(LitSegmenter, best)
+    learned = fit(AdaSegmenter, adalfl=AdaLFLConfig(task="multiclass", ignore_index=VOID))
+    errors = {
+        "own loss, at the end": error(own),
+        "own loss, best checkpoint": error(own, best.best_model_path or None),
+        "with lightning_adalfl": error(learned),
+    }
+    print(f"\nShare of wrong pixels in the discs and squares of 256 test images after {args.max_steps:,} steps\n")
+    for name, value in errors.items():
+        print(f"{name:28}{value:8.4f}")
+    return errors
 
 
 if __name__ == "__main__":
