@@ -70,7 +70,8 @@ def unrecorded(loader: Any) -> Any:
     if not isinstance(getattr(loader, "batch_sampler", None), RecordedIndices):
         return loader
     own = copy.copy(loader)
-    vars(own).update(_iterator=None, batch_sampler=loader.batch_sampler._sampler)
+    vars(own)["_iterator"] = None
+    forget(own)
     return own
 
 
@@ -80,7 +81,7 @@ def forget(loader: Any) -> None:
         _put(loader, loader.batch_sampler._sampler)
 
 
-def indices_of(iterator: Any, batch_idx: int) -> list[int]:
+def indices_of(iterator: Any, batch_idx: int) -> list[Any]:
     """Return the indices of a batch; those of batches before it are forgotten.
 
     Args:
@@ -89,7 +90,6 @@ def indices_of(iterator: Any, batch_idx: int) -> list[int]:
 
     Raises:
         ValueError: If the batch sampler was not recorded, or the batch is none of its own.
-        TypeError: If it draws something else than whole numbers.
     """
     now = getattr(iterator, "_sampler_iter", None)
     if not isinstance(now, _Pass):
@@ -100,10 +100,7 @@ def indices_of(iterator: Any, batch_idx: int) -> list[int]:
         now.position += 1
     if not now.drawn:
         raise ValueError(f"batch {batch_idx} is none that its sampler has drawn. {REMEDY}")
-    found = list(now.drawn[0])
-    if not all(hasattr(index, "__index__") for index in found):
-        raise TypeError(f"the sampler draws {found[0]!r}, which is no whole number. {REMEDY}")
-    return [int(index) for index in found]
+    return list(now.drawn[0])
 
 
 def _put(loader: Any, sampler: Any) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
 import os
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -95,9 +93,12 @@ class InfluenceTable:
         if len(keys) != len(self):
             raise ValueError(f"`keys` must hold one for each of {len(self)} instances; got {len(keys)}.")
         names, place = np.unique(np.asarray(keys), return_inverse=True)
-        counts, influence = np.bincount(place), np.nan_to_num(self.mean("influence"))
-        values = zip(counts, np.bincount(place, influence), np.bincount(place, self.label_quality()) / counts)
-        return {name: dict(zip(("instances", "influence", "label_quality"), row)) for name, row in zip(names, values)}
+        influence, quality = np.nan_to_num(self.mean("influence")), self.label_quality()
+        counts, sums, qualities = (np.bincount(place, values).tolist() for values in (None, influence, quality))
+        return {
+            name: {"instances": count, "influence": total, "label_quality": of_all / count}
+            for name, count, total, of_all in zip(names.tolist(), counts, sums, qualities)
+        }
 
     def columns(self) -> dict[str, Values]:
         """Return all that there is of every instance, by name."""
@@ -110,14 +111,10 @@ class InfluenceTable:
         return importlib.import_module("pandas").DataFrame(self.columns()).rename_axis("index")
 
     def to_csv(self, path: PathLike) -> None:
-        """Write a row for each instance."""
-        columns, text = self.columns(), io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["index", *columns])
-        for i, row in enumerate(zip(*columns.values())):
-            writer.writerow([i, *("" if np.isnan(value) else f"{value:.6g}" for value in row)])
+        """Write a row for each instance, in their order."""
+        columns = {"index": np.arange(len(self)), **self.columns()}
         with atomic_write(path) as file:
-            file.write(text.getvalue().encode())
+            np.savetxt(file, np.stack([*columns.values()], 1), "%.6g", ",", header=",".join(columns), comments="")
 
     def save(self, path: PathLike) -> None:
         """Write a safetensors file; it appears whole or not at all."""
