@@ -85,7 +85,9 @@ def test_each_promise_names_the_test_that_holds_it() -> None:
 
 def option_rows() -> list[list[str]]:
     table = (DOCS / "options.md").read_text().split("## Every field")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
     return rows[2:]
 
 
