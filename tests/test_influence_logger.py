@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from projects import Smooth, adaptive, config, make, points, trainer
+from lightning.pytorch.callbacks import Callback
+from projects import Ada, AdaSmooth, Keep, Smooth, adaptive, assert_same, config, loaders, make, points, tensors
+from projects import trainer as plain_trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from lightning_adalfl import InfluenceLogger
+from lightning_adalfl.inspection import InfluenceTable
+
+WATCHED = config(learn="nothing")
 
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
@@ -60,7 +66,7 @@ def test_influence_is_the_slope_of_the_held_out_loss_by_the_weight_of_an_instanc
             adaptive(kind), adalfl=config(learn="nothing", meta_every=3, meta_batch_size=20, task_loss="handcrafted")
         )
         module.turned, module.optimizer = (place, change), name
-        trainer(tmp_path, max_epochs=1, precision="64-true", callbacks=logger).fit(
+        plain_trainer(tmp_path, max_epochs=1, precision="64-true", callbacks=logger).fit(
             module, train, DataLoader(held_out, 20)
         )
         x, y = held_out.tensors
@@ -75,3 +81,180 @@ def test_influence_is_the_slope_of_the_held_out_loss_by_the_weight_of_an_instanc
     assert logger.table.mean("seen").tolist() == [0.0] * 20 + [1.0] * 10
     found = torch.from_numpy(logger.table.mean("influence")[20:])
     torch.testing.assert_close(found, slopes / slopes.abs().mean(), rtol=1e-5, atol=1e-6)
+
+
+class Numbered(Dataset[Any]):
+    """Points that know their number: the third part of a batch, which the model does not see."""
+
+    def __init__(self, size: int = 96) -> None:
+        self.points, self.size = points(size), size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        return *self.points[index], index
+
+
+class ByNumber(Smooth):
+    """Keeps which instances its steps have seen."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__(lr)
+        self.seen = torch.zeros(96)
+
+    def adalfl_predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self(batch[0]), batch[1]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, number = batch
+        run, is_due = self._adalfl_run, self.adalfl.is_due
+        assert torch.equal(run.instances, number)
+        self.seen[number] += float(is_due)
+        return F.cross_entropy(self(x), y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        return
+
+
+class Pairs(BatchSampler):
+    """Yields the instances in pairs, the last first."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Any:
+        yield from ([i, i - 1] for i in range(self.size - 1, 0, -2))
+
+    def __len__(self) -> int:
+        return self.size // 2
+
+
+def by_sampler(**options: Any) -> DataLoader[Any]:
+    return DataLoader(Numbered(), **options)
+
+
+@pytest.mark.parametrize(
+    ("loader", "options"),
+    [
+        ({"batch_size": 10, "shuffle": True}, {}),
+        ({"batch_size": 10, "shuffle": True}, {"accumulate_grad_batches": 3}),
+        ({"batch_size": 10, "shuffle": True, "num_workers": 2, "persistent_workers": True}, {}),
+        ({"batch_size": 10, "drop_last": True, "sampler": RandomSampler(range(96), True)}, {"limit_train_batches": 4}),
+        ({"batch_sampler": Pairs(96)}, {"reload_dataloaders_every_n_epochs": 1}),
+        ({"batch_size": 10, "shuffle": True}, {"overfit_batches": 3}),
+    ],
+    ids=["shuffled", "accumulated", "workers", "with replacement", "batch sampler", "overfit"],
+)
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_instances_are_told_apart_in_whatever_order_they_come(loader: Any, options: Any, tmp_path: Path) -> None:
+    logger, module = InfluenceLogger(), make(adaptive(ByNumber), adalfl=config(learn="nothing", meta_every=2))
+    train = by_sampler(**loader)
+    sampler = train.batch_sampler
+
+    class Peeks(Callback):
+        def on_train_epoch_end(self, *_: Any) -> None:
+            list(train)  # as a user does who looks at the training data between two epochs
+
+    held_out = DataLoader(points(32, 1), 16)
+    plain_trainer(tmp_path, max_epochs=3, callbacks=[logger, Peeks()], **options).fit(module, train, held_out)
+    assert module.seen.sum() > 0
+    assert logger.table.mean("seen").tolist() == module.seen.tolist()
+    assert train.batch_sampler is sampler
+
+
+@pytest.mark.parametrize("learn", ["nothing", "loss", "lr", "both"])
+def test_training_is_the_same_with_and_without_it(learn: str, tmp_path: Path) -> None:
+    def fitted(callbacks: list[Any]) -> Any:
+        module = make(Ada, adalfl=config(learn=learn, meta_data="train"))  # with BatchNorm and dropout
+        plain_trainer(tmp_path, callbacks=callbacks).fit(module, *loaders())
+        return module
+
+    watched, alone = fitted([InfluenceLogger()]), fitted([])
+    assert_same(tensors(watched), tensors(alone))
+    assert_same(watched.adalfl.learned, alone.adalfl.learned)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("steps", [(), (8,)], ids=["between epochs", "within an epoch"])
+def test_a_resumed_run_ends_with_the_same_table(steps: tuple[int, ...], tmp_path: Path) -> None:
+    """Within an epoch Lightning begins the data anew, and in another order where they are shuffled."""
+
+    def fitted(callbacks: list[Any], checkpoint: Path | None = None, epochs: int = 3) -> InfluenceTable:
+        torch.manual_seed(1)
+        train = DataLoader(points(96), 16, shuffle=not steps)
+        logger, module = InfluenceLogger(), make(AdaSmooth, adalfl=config(learn="loss"))
+        t = plain_trainer(tmp_path, max_epochs=epochs, callbacks=[logger, *callbacks])
+        t.fit(module, train, DataLoader(points(32, 1), 16), ckpt_path=checkpoint)
+        return logger.table
+
+    whole = fitted([Keep(tmp_path, steps)])
+    resumed = fitted([], next(tmp_path.glob("step=8.ckpt" if steps else "epoch=1.ckpt")))
+    if steps:
+        # Six batches an epoch: the second is gone on with at its first batch, and is cut short.
+        assert resumed.mean("seen").tolist() == [3.0] * 64 + [2.0] * 32
+    else:
+        assert_same(vars(whole) | {"task": torch.zeros(1)}, vars(resumed) | {"task": torch.zeros(1)})
+
+
+def found(train: Any, module: Any, tmp_path: Path, logger: Any = None, **options: Any) -> InfluenceTable:
+    """Train and return the table."""
+    logger = InfluenceLogger() if logger is None else logger
+    plain_trainer(tmp_path, callbacks=[logger], **options).fit(module, train, DataLoader(points(32, 1), 16))
+    return logger.table
+
+
+def flipped(size: int = 480) -> tuple[TensorDataset, np.ndarray]:
+    """Return points of which a quarter have the next class, and which."""
+    x, y = points(size).tensors
+    wrong = torch.arange(size) % 4 == 0
+    return TensorDataset(x, torch.where(wrong, (y + 1) % 3, y)), wrong.numpy()
+
+
+@pytest.mark.parametrize("learn", ["nothing", "loss"])
+def test_wrong_labels_are_found(learn: str, tmp_path: Path) -> None:
+    data, wrong = flipped()
+    module = make(AdaSmooth, adalfl=config(learn=learn, meta_lr=1e-3))
+    table = found(DataLoader(data, 32, shuffle=True), module, tmp_path, max_epochs=12)
+    assert wrong[table.ranking()[: wrong.sum()]].mean() > 0.9
+    suspected = table.label_quality() < 0.5
+    assert suspected[wrong].mean() > 0.75
+    assert suspected[~wrong].mean() < 0.05
+    assert np.array_equal(np.sort(table.ranking()), np.arange(len(data)))
+
+
+class Values(Smooth):
+    """A regression."""
+
+    def __init__(self, lr: float = 0.02) -> None:
+        super().__init__(lr)
+        self.model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        return
+
+
+class Flags(Values):
+    """Binary classification of the same shape, or labels."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(("task", "kind"), [("regression", Values), ("binary", Flags), ("multilabel", Flags)])
+def test_wrong_targets_of_other_tasks_are_found(task: str, kind: type[Values], tmp_path: Path) -> None:
+    x, _ = points(480).tensors
+    y = x[:, :1] if task == "regression" else (x[:, :1] > 0).float()
+    wrong = torch.arange(480) % 5 == 0
+    y[wrong] = y[wrong] + 2 if task == "regression" else 1 - y[wrong]
+    held_out = points(64, 1).tensors[0]
+    right = held_out[:, :1] if task == "regression" else (held_out[:, :1] > 0).float()
+    logger, module = InfluenceLogger(), make(adaptive(kind), adalfl=config(task=task, learn="nothing"))
+    plain_trainer(tmp_path, callbacks=[logger], max_epochs=10).fit(
+        module, DataLoader(TensorDataset(x, y), 32, shuffle=True), DataLoader(TensorDataset(held_out, right), 32)
+    )
+    assert wrong.numpy()[logger.table.ranking()[:96]].mean() > 0.85
+    assert ("margin" in logger.table.columns()) == (task != "regression")

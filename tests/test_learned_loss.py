@@ -24,6 +24,7 @@ from lightning_adalfl.losses.tasks import task_named
 LOSSES: dict[str, Callable[..., LearnedLoss]] = {
     "network": LossNetwork,
     "classes": lambda task, **options: LossNetwork(task, sees_classes=task == "multiclass", **options),
+    "errors": lambda task, **options: LossNetwork(task, sees_error=task == "regression", **options),
     "ml3": lambda task: LearnedLoss.named("ml3", task),
     "biased": lambda task, **options: LossNetwork(task, bias=True, output_activation="smooth_leaky_relu", **options),
     "taylor": TaylorLoss,
@@ -80,6 +81,8 @@ def test_one_call_equals_a_loop_over_instances_and_outputs(representation: str, 
     predictions, target = (t.double() if t.is_floating_point() else t for t in BATCHES[batch])
     loss = LOSSES[representation](task_of(batch)).double()
     pairs = task_named(task_of(batch)).pairs(predictions, target)
+    if getattr(loss, "sees_classes", False):  # one output by itself has no class
+        nn.init.zeros_(loss._codes)
     flat = zip(pairs.prediction.flatten().split(1), pairs.target.flatten().split(1))
     values = [loss.pairwise(f, y).item() for f, y in flat]
     assert loss(predictions, target).item() == pytest.approx(sum(values) / len(values), rel=1e-12)
@@ -123,13 +126,33 @@ def test_a_network_that_sees_classes_puts_their_embeddings_beside_the_pair() -> 
     nn.init.normal_(loss.output_embedding)
     f, labels = torch.rand(5, 4), torch.tensor([0, 3, 1, 2, 3])
     y = F.one_hot(labels, 4).float()
+    of_labels, of_outputs = loss.embeddings(4)
     for n, c in torch.cartesian_prod(torch.arange(5), torch.arange(4)).tolist():
-        seen = torch.cat([y[n, c : c + 1], f[n, c : c + 1], loss.label_embedding[labels[n]], loss.output_embedding[c]])
+        seen = torch.cat([y[n, c : c + 1], f[n, c : c + 1], of_labels[labels[n]], of_outputs[c]])
         expected = loss.linear[1](loss.between(loss.linear[0](seen)))
         torch.testing.assert_close(loss.pairwise(f, y)[n, c], expected.squeeze())
     assert loss.tells_apart(MAX_CLASSES)
     assert not loss.tells_apart(MAX_CLASSES + 1)
     assert loss.pairwise(torch.rand(2, 101), torch.zeros(2, 101)).shape == (2, 101)
+
+
+def test_before_anything_is_learned_classes_have_codes_that_tell_them_apart() -> None:
+    losses = [LossNetwork("multiclass", sees_classes=True) for _ in range(2)]
+    fresh, other = (torch.cat(loss.embeddings(MAX_CLASSES), dim=1).detach() for loss in losses)
+    assert torch.equal(fresh, other)
+    assert fresh.square().mean().sqrt() == pytest.approx(0.3, rel=0.05)
+    assert torch.pdist(fresh[:, :EMBEDDING]).min() > 0.02
+    assert torch.pdist(fresh[:, EMBEDDING:]).min() > 0.02
+    moved = LossNetwork("multiclass", sees_classes=True)
+    nn.init.ones_(moved.label_embedding)
+    torch.testing.assert_close(moved.embeddings(3)[0], 1 + fresh[:3, :EMBEDDING])
+
+
+def test_a_network_that_sees_errors_puts_two_of_them_beside_the_pair() -> None:
+    loss = LossNetwork("regression", hidden=(3,), bias=True, sees_error=True)
+    f, y = torch.randn(7), torch.randn(7)
+    seen = torch.stack((y, f, (f - y).abs(), (f - y) ** 2), dim=1)
+    torch.testing.assert_close(loss.pairwise(f, y), loss.linear[1](loss.between(loss.linear[0](seen))).squeeze(1))
 
 
 def test_presets() -> None:
@@ -139,6 +162,7 @@ def test_presets() -> None:
     paper, default = LearnedLoss.named("paper", "binary"), LearnedLoss.named("network", "multiclass")
     assert (paper.weight_init, paper.sees_classes, default.sees_classes) == ("xavier_uniform", False, True)
     assert not LearnedLoss.named("network", "binary").sees_classes
+    assert [LearnedLoss.named("network", task).sees_error for task in ("binary", "regression")] == [False, True]
     taylor = LearnedLoss.named("taylor_quadratic_target_powers", "regression")
     assert (taylor.order, taylor.form) == ("quadratic", "target_powers")
     with pytest.raises(
@@ -236,6 +260,7 @@ def test_computed_in_the_precision_of_phi_under_autocast_too(representation: str
             {"sees_classes": True},
             "`sees_classes` is for task 'multiclass', where an instance has a class; g",
         ),
+        (LossNetwork, {"sees_error": True}, "`sees_error` is for task 'regression', where targets are values; g"),
         (TaylorLoss, {"order": "quartic"}, "`order` must be one of 'quadratic', 'cubic'; got 'quartic'"),
         (TaylorLoss, {"form": "both"}, "`form` must be one of 'target_powers', 'prediction_powers'; got 'both'"),
         (SmoothLeakyReLU, {"gamma": -0.1}, "`gamma` must be positive; got -0.1"),

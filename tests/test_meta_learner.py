@@ -444,7 +444,7 @@ def test_an_offline_phase_counts_no_base_steps_and_its_state_is_whole() -> None:
 
 
 def test_phi_is_set_by_name() -> None:
-    learner, given = MetaLearner(config()), LossNetwork("multiclass", sees_classes=True)
+    learner, given = MetaLearner(config()), LossNetwork("multiclass", bias=True, sees_classes=True)
     learner.set_phi(given.state_dict())
     assert same(phi(learner), dict(given.state_dict()))
     assert not same(run(learner, 1).state_dict(), run(MetaLearner(config(learn="nothing")), 1).state_dict())

@@ -67,8 +67,9 @@ def test_by_hand_equals_autograd(
     kind: str, hidden: tuple[int, ...], bias: bool, sees: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one chunk and in many; where autograd does not take the activation for linear, as beyond a threshold."""
-    sees = sees and SHAPES[kind][0] == "multiclass"
-    loss, prediction, target = drawn(kind, hidden=hidden, bias=bias, sees_classes=sees)
+    task = SHAPES[kind][0]
+    more = {"sees_classes": sees and task == "multiclass", "sees_error": sees and task == "regression"}
+    loss, prediction, target = drawn(kind, hidden=hidden, bias=bias, **more)
     monkeypatch.setitem(output_gradient.CHUNKS, "cpu", chunk)
     found = loss.pair_gradient(prediction, target)
     assert type(found) is NetworkGradient
@@ -77,7 +78,7 @@ def test_by_hand_equals_autograd(
 
 @pytest.mark.parametrize("kind", ["multiclass", "regression"])
 def test_single_precision_is_as_near_to_double_as_autograd_is(kind: str) -> None:
-    loss, prediction, target = drawn(kind, sees_classes=kind == "multiclass")
+    loss, prediction, target = drawn(kind, sees_classes=kind == "multiclass", sees_error=kind == "regression")
     tangent = torch.randn_like(prediction)
     expected = flat(AutogradGradient(loss.pairwise, loss.phi(), prediction, target).vjp(tangent))
     found = loss.float().pair_gradient(prediction.float(), target.float()).vjp(tangent.float())

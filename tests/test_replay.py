@@ -89,7 +89,7 @@ def test_stretched_over_another_number_of_steps(accumulate: int, tmp_path: Path)
 
 def test_a_history_that_began_late_is_replayed_from_its_beginning(tmp_path: Path) -> None:
     history = LossHistory(1)
-    losses = {step: LossNetwork("multiclass", sees_classes=True) for step in (100, 101, 102)}
+    losses = {step: LossNetwork("multiclass", bias=True, sees_classes=True) for step in (100, 101, 102)}
     for step, loss in losses.items():
         history.append(step, loss)
     history.save(tmp_path / NAME)
@@ -176,7 +176,7 @@ def test_a_replay_on_another_model_and_seed_keeps_the_gain(tmp_path: Path) -> No
 )
 def test_replays_that_do_not_fit(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     history = LossHistory()
-    history.append(0, LossNetwork("multiclass", sees_classes=True))
+    history.append(0, LossNetwork("multiclass", bias=True, sees_classes=True))
     history.save(tmp_path / NAME)
     module = make(Ada, adalfl=config(**{"meta_every": None, **options}))
     with pytest.raises(ValueError, match=message):

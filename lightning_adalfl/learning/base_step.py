@@ -89,7 +89,8 @@ class BaseStep:
         check: Callable[[Predicted], None] | None = None,
     ) -> None:
         if not isinstance(jvp, JacobianProduct) and jvp not in WAYS:
-            raise ValueError(f"`jvp` must be one of {tuple(WAYS)} or a JacobianProduct; got {jvp!r}.")
+            known = ", ".join(map(repr, WAYS))
+            raise ValueError(f"`jvp` must be one of {known}, or a JacobianProduct; got {jvp!r}.")
         self.jvp = jvp if isinstance(jvp, JacobianProduct) else WAYS[jvp]()
         self.optimizer = optimizer
         self._make_vjp = optimizer_vjp(optimizer, self.jvp.is_exact)

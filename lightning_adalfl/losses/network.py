@@ -7,56 +7,16 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_adalfl.checks import finite_number, one_of, positive_number
+from lightning_adalfl.checks import one_of
 from lightning_adalfl.losses.learned_loss import LearnedLoss
 from lightning_adalfl.losses.output_gradient import OutputGradient, evaluated, in_chunks
+from lightning_adalfl.losses.smooth_leaky_relu import SmoothLeakyReLU
 
 WEIGHT_INITS = ("kaiming_normal", "xavier_uniform")  # as torch.nn.init has them
 MAX_CLASSES = 100
 EMBEDDING = 4
-
-
-class SmoothLeakyReLU(nn.Module):
-    """The smooth leaky ReLU of Eq. 4, ``φ(x) = (1 - γ) log(1 + exp(βx)) / β + γx``.
-
-    Smooth, and linear towards both ends, so that a loss built from it has no flat region.
-
-    Args:
-        gamma: The leak γ, the slope towards minus infinity.
-        beta: The smoothness β; the larger, the nearer to the leaky ReLU.
-
-    Raises:
-        TypeError: For an argument that is no number.
-        ValueError: For one out of range.
-    """
-
-    def __init__(self, gamma: float = 0.01, beta: float = 10.0) -> None:
-        super().__init__()
-        self.beta = positive_number("beta", beta)
-        finite_number("gamma", gamma)
-        self.gamma = gamma if gamma == 0 else positive_number("gamma", gamma)
-        if not gamma < 1.0:
-            raise ValueError(f"`gamma` must lie in [0, 1), the slope of the leak; got {gamma}.")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the activation element-wise."""
-        return F.softplus(x, beta=self.beta) * (1.0 - self.gamma) + self.gamma * x
-
-    def slope(self, x: Tensor) -> Tensor:
-        """Return the derivative at ``x``, between γ and 1."""
-        return torch.sigmoid(x * self.beta).mul_(1.0 - self.gamma).add_(self.gamma)
-
-    def curvature(self, slope: Tensor) -> Tensor:
-        """Return the second derivative where the first is ``slope``: ``β u (1 - u / (1 - γ))`` with u = s' - γ."""
-        u = slope - self.gamma
-        return torch.addcmul(u, u, u, value=-1.0 / (1.0 - self.gamma)).mul_(self.beta)
-
-    def extra_repr(self) -> str:
-        """Show γ and β in the module's representation."""
-        return f"gamma={self.gamma}, beta={self.beta}"
 
 
 ACTIVATIONS = {"smooth_leaky_relu": SmoothLeakyReLU, "relu": nn.ReLU, "softplus": nn.Softplus}
@@ -74,7 +34,10 @@ class LossNetwork(LearnedLoss):
         weight_init: ``"kaiming_normal"`` or ``"xavier_uniform"``.
         reduction: See :class:`LearnedLoss`.
         sees_classes: For ``"multiclass"``: whether a 4-dimensional embedding of the label's class and one of the
-            output's class stand beside (y_i, f_i). They begin at zero, and have no part beyond 100 classes.
+            output's class stand beside (y_i, f_i): fixed codes, and learned changes to them that begin at zero. They
+            have no part beyond 100 classes.
+        sees_error: For ``"regression"``: whether |f_i - y_i| and its square stand beside (y_i, f_i). A robust loss is
+            then near the start, and few trusted rows can find it.
 
     Raises:
         TypeError: For a switch that is not a bool.
@@ -91,23 +54,27 @@ class LossNetwork(LearnedLoss):
         weight_init: str = "kaiming_normal",
         reduction: str = "mean",
         sees_classes: bool = False,
+        sees_error: bool = False,
     ) -> None:
         super().__init__(task, reduction)
         widths = hidden if isinstance(hidden, Sequence) and not isinstance(hidden, str) else ()
         if not widths or not all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in widths):
             raise ValueError(f"`hidden` must name at least one positive layer width, such as (40, 40); got {hidden}.")
-        for name, switch in (("bias", bias), ("sees_classes", sees_classes)):
+        for name, switch in (("bias", bias), ("sees_classes", sees_classes), ("sees_error", sees_error)):
             if not isinstance(switch, bool):
                 raise TypeError(f"`{name}` must be True or False; got {switch!r}.")
         if sees_classes and task != "multiclass":
             raise ValueError(f"`sees_classes` is for task 'multiclass', where an instance has a class; got {task!r}.")
+        if sees_error and task != "regression":
+            raise ValueError(f"`sees_error` is for task 'regression', where targets are values; got {task!r}.")
         self.hidden = tuple(hidden)
         self.activation = one_of("activation", activation, ACTIVATIONS)
         self.output_activation = output_activation
         self.bias = bias
         self.weight_init = one_of("weight_init", weight_init, WEIGHT_INITS)
         self.sees_classes = sees_classes
-        widths = (2 + 2 * EMBEDDING * sees_classes, *hidden, 1)
+        self.sees_error = sees_error
+        widths = (2 + 2 * sees_error + 2 * EMBEDDING * sees_classes, *hidden, 1)
         self.linear = nn.ModuleList(nn.Linear(*fans, bias=bias) for fans in itertools.pairwise(widths))
         self.between = ACTIVATIONS[activation]()
         one_of("output_activation", activation if output_activation is None else output_activation, ACTIVATIONS)
@@ -115,6 +82,8 @@ class LossNetwork(LearnedLoss):
         if sees_classes:
             self.label_embedding = nn.Parameter(torch.zeros(MAX_CLASSES, EMBEDDING))
             self.output_embedding = nn.Parameter(torch.zeros(MAX_CLASSES, EMBEDDING))
+            self._codes: Tensor
+            self.register_buffer("_codes", _class_codes(), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -122,6 +91,15 @@ class LossNetwork(LearnedLoss):
         for name, parameter in self.named_parameters():
             fill = f"{self.weight_init}_" if name.endswith("weight") else "zeros_"
             getattr(nn.init, fill)(parameter)
+
+    def inputs(self, p: Tensor, y: Tensor) -> list[Tensor]:
+        """Return what the first layer sees of pairs, each of their shape: the prediction is the second."""
+        return [y, p, (p - y).abs(), (p - y).square()] if self.sees_error else [y, p]
+
+    def inputs_by_prediction(self, p: Tensor, y: Tensor) -> list[Tensor]:
+        """Return the derivative of each of :meth:`inputs` by p."""
+        zero, one = torch.zeros_like(p), torch.ones_like(p)
+        return [zero, one, (p - y).sign(), 2 * (p - y)] if self.sees_error else [zero, one]
 
     def start_at_zero(self) -> None:
         """Make the weights of the output zero."""
@@ -143,15 +121,21 @@ class LossNetwork(LearnedLoss):
     def first(self, p: Tensor, y: Tensor) -> Tensor:
         """Return the first layer's sums for pairs (R, C), of shape (R · C, width)."""
         layer: nn.Linear = self.linear[0]  # type: ignore[assignment]
-        z = torch.stack((y, p), dim=-1) @ layer.weight[:, :2].T
+        inputs = torch.stack(self.inputs(p, y), dim=-1)
+        z = inputs @ layer.weight[:, : inputs.shape[-1]].T
         if self.bias:
             z = z + layer.bias
         classes = p.shape[1]
         if self.tells_apart(classes):
             of_label, of_output = layer.weight[:, 2:].split(EMBEDDING, dim=1)
-            labels = self.label_embedding[:classes] @ of_label.T
-            z = z + (y @ labels).unsqueeze(1) + self.output_embedding[:classes] @ of_output.T
+            of_labels, of_outputs = self.embeddings(classes)
+            z = z + (y @ (of_labels @ of_label.T)).unsqueeze(1) + of_outputs @ of_output.T
         return z.view(-1, z.shape[-1])
+
+    def embeddings(self, classes: int) -> tuple[Tensor, Tensor]:
+        """Return those of labels and of outputs, each (classes, 4)."""
+        of_labels, of_outputs = self._codes[:, :classes]
+        return self.label_embedding[:classes] + of_labels, self.output_embedding[:classes] + of_outputs
 
     def pair_gradient(self, prediction: Tensor, target: Tensor) -> OutputGradient:
         """Return it by hand, for the paper's activation; autograd takes three times as long for so small a network."""
@@ -162,18 +146,20 @@ class LossNetwork(LearnedLoss):
 
 
 LossNetwork.presets = {
-    "network": lambda task: LossNetwork(task, sees_classes=task == "multiclass"),
+    "network": lambda task: LossNetwork(
+        task, bias=True, sees_classes=task == "multiclass", sees_error=task == "regression"
+    ),
     "paper": partial(LossNetwork, weight_init="xavier_uniform"),
     "ml3": partial(LossNetwork, activation="relu", output_activation="softplus", weight_init="xavier_uniform"),
 }
 
 
 class NetworkGradient(OutputGradient):
-    """For a network ``o = wᵀ a_L``, ``a_l = s(z_l)``, ``z_l = W_l a_{l-1} + b_l``, on pairs ``a_0 = (y, p)``.
+    """For a network ``o = wᵀ a_L``, ``a_l = s(z_l)``, ``z_l = W_l a_{l-1} + b_l``, on inputs ``a_0(y, p)``.
 
-    The backward pass is ``f_L = w``, ``e_l = s'(z_l) f_l``, ``f_{l-1} = W_lᵀ e_l``, and the gradient by p is the second
-    entry of ``f_0``. Its product with a tangent p' takes the tangents ``t_l = W_l τ_{l-1}``, ``τ_l = s'(z_l) t_l`` from
-    ``τ_0 = (0, p')``, and the adjoints ``q_l = s''(z_l) t_l f_l + s'(z_l) W_{l+1}ᵀ q_{l+1}`` of z_l; then
+    The backward pass is ``f_L = w``, ``e_l = s'(z_l) f_l``, ``f_{l-1} = W_lᵀ e_l``, and the gradient by p is
+    ``f_0 · ∂a_0/∂p``. Its product with a tangent p' takes the tangents ``t_l = W_l τ_{l-1}``, ``τ_l = s'(z_l) t_l``
+    from ``τ_0 = p' ∂a_0/∂p``, and the adjoints ``q_l = s''(z_l) t_l f_l + s'(z_l) W_{l+1}ᵀ q_{l+1}`` of z_l; then
     ``∂⟨m, p'⟩/∂W_l = Σ (e_l τ_{l-1}ᵀ + q_l a_{l-1}ᵀ)`` over the pairs. The embeddings enter z_1 by a sum.
 
     Args:
@@ -239,12 +225,20 @@ class _Pass:
 
     def by_prediction(self) -> Tensor:
         """Return the gradient by p, (R, C)."""
-        return (self._e[0] @ self._weights[0][:, 1]).view_as(self._p)
+        if not self._loss.sees_error:
+            return (self._e[0] @ self._weights[0][:, 1]).view_as(self._p)
+        return ((self._e[0] @ self._weights[0]) * self._by_prediction()).sum(1).view_as(self._p)
+
+    def _by_prediction(self) -> Tensor:
+        """Return ``∂a_0/∂p``, (R · C, inputs)."""
+        parts = self._loss.inputs_by_prediction(self._p, self._y)
+        return torch.stack(parts, dim=-1).view(-1, len(parts))
 
     def by_phi(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return the derivative by φ of the inner product with a tangent (R · C, 1)."""
         first, *middle, _ = self._weights
-        t, tau = [tangent * first[:, 1]], []
+        start = tangent * self._by_prediction()
+        t, tau = [start @ first[:, : start.shape[1]].T], []
         for weight, ds in zip([*middle, None], self._ds):
             tau.append(ds * t[-1])
             if weight is not None:
@@ -256,8 +250,8 @@ class _Pass:
             found[f"linear.{k}.bias"] = q.sum(0)
             q = self._adjoint(k - 1, t[k - 1]).addcmul_(self._ds[k - 1], q @ self._weights[k])
         found["linear.0.bias"] = q.sum(0)
-        by_weight = q.T @ torch.stack((self._y, self._p), dim=-1).view(-1, 2)
-        by_weight[:, 1] += (self._e[0].T @ tangent).squeeze(1)
+        inputs = torch.stack(self._loss.inputs(self._p, self._y), dim=-1).view_as(start)
+        by_weight = (q.T @ inputs).addmm_(self._e[0].T, start)
         if self._loss.sees_classes:
             by_weight = torch.cat([by_weight, *self._by_embeddings(q.view(*self._p.shape, -1), found)], dim=1)
         return {**found, "linear.0.weight": by_weight}
@@ -277,11 +271,10 @@ class _Pass:
             return [torch.zeros_like(part) for part in parts]
         by_sum = {"label_embedding": self._y.T @ q.sum(1), "output_embedding": q.sum(0)}  # each (C, width)
         by_part = []
-        for (name, adjoint), part in zip(by_sum.items(), parts):
-            embedding: Tensor = getattr(self._loss, name)
-            found[name] = torch.zeros_like(embedding)
+        for (name, adjoint), part, embedding in zip(by_sum.items(), parts, self._loss.embeddings(classes)):
+            found[name] = torch.zeros_like(getattr(self._loss, name))
             found[name][:classes] = adjoint @ part
-            by_part.append(adjoint.T @ embedding[:classes])
+            by_part.append(adjoint.T @ embedding)
         return by_part
 
 
@@ -297,3 +290,11 @@ def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
     if like.ndim == 1:
         return rows.squeeze(1)
     return rows.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
+
+
+def _class_codes() -> Tensor:
+    """Return a code of each class as a label and as an output, (2, 100, 4), with entries of size 0.3."""
+    # By a formula, so that a saved φ means the same wherever it is loaded; no two classes are alike.
+    turns = torch.tensor([2, 3, 5, 7, 11, 13, 17, 19]).double().sqrt().view(2, 1, EMBEDDING)
+    classes = torch.arange(1, MAX_CLASSES + 1).double().view(1, -1, 1)
+    return (0.3 * 2**0.5 * torch.cos(2 * torch.pi * turns * classes)).float()
