@@ -110,7 +110,7 @@ class ByNumber(Smooth):
         x, y, number = batch
         run, is_due = self._adalfl_run, self.adalfl.is_due
         assert torch.equal(run.instances, number)
-        self.seen[number] += float(is_due)
+        self.seen.index_add_(0, number, torch.full((len(number),), float(is_due)))
         return F.cross_entropy(self(x), y)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -191,8 +191,8 @@ def test_a_resumed_run_ends_with_the_same_table(steps: tuple[int, ...], tmp_path
     whole = fitted([Keep(tmp_path, steps)])
     resumed = fitted([], next(tmp_path.glob("step=8.ckpt" if steps else "epoch=1.ckpt")))
     if steps:
-        # Six batches an epoch: the second is gone on with at its first batch, and is cut short.
-        assert resumed.mean("seen").tolist() == [3.0] * 64 + [2.0] * 32
+        # Two batches of the second epoch were taken; its other four are the first ones again.
+        assert resumed.mean("seen").tolist() == [4.0] * 32 + [3.0] * 32 + [2.0] * 32
     else:
         assert_same(vars(whole) | {"task": torch.zeros(1)}, vars(resumed) | {"task": torch.zeros(1)})
 
@@ -216,10 +216,14 @@ def test_wrong_labels_are_found(learn: str, tmp_path: Path) -> None:
     data, wrong = flipped()
     module = make(AdaSmooth, adalfl=config(learn=learn, meta_lr=1e-3))
     table = found(DataLoader(data, 32, shuffle=True), module, tmp_path, max_epochs=12)
-    assert wrong[table.ranking()[: wrong.sum()]].mean() > 0.9
-    suspected = table.label_quality() < 0.5
-    assert suspected[wrong].mean() > 0.75
-    assert suspected[~wrong].mean() < 0.05
+    columns = table.columns()
+    area = {name: roc_auc_score(wrong, values) for name, values in columns.items()}
+    assert area["score"] > 0.93
+    assert area["score"] > max(area["loss"], 1 - area["margin"], area["misclassified"]) + 0.02
+    assert area["label_quality"] == pytest.approx(1 - area["score"], abs=1e-3)
+    suspected = columns["label_quality"] < 0.5
+    assert wrong[suspected].mean() > 0.8
+    assert suspected[wrong].mean() > 0.5
     assert np.array_equal(np.sort(table.ranking()), np.arange(len(data)))
 
 
@@ -247,7 +251,7 @@ class Flags(Values):
 @pytest.mark.parametrize(("task", "kind"), [("regression", Values), ("binary", Flags), ("multilabel", Flags)])
 def test_wrong_targets_of_other_tasks_are_found(task: str, kind: type[Values], tmp_path: Path) -> None:
     x, _ = points(480).tensors
-    y = x[:, :1] if task == "regression" else (x[:, :1] > 0).float()
+    y = x[:, :1].clone() if task == "regression" else (x[:, :1] > 0).float()
     wrong = torch.arange(480) % 5 == 0
     y[wrong] = y[wrong] + 2 if task == "regression" else 1 - y[wrong]
     held_out = points(64, 1).tensors[0]

@@ -144,14 +144,14 @@ class InfluenceLogger(Callback):
         task, sums = module.adalfl.task, self._sums
         if sums is None:
             return
-        for forward, influence, (descent, _, h) in zip(step.forwards, found.influence, found.parts):
+        for forward, influence, (descent, factor, h) in zip(step.forwards, found.influence, found.parts):
             index, p = forward.instances, descent.predicted
             if len(index) != len(influence):
                 raise ValueError(f"there are {len(index)} indices for a batch of {len(influence)} instances. {REMEDY}")
             if not module.adalfl.meta_steps:
                 task.check_values(p.predictions, p.target, p.weight)
             influence = (influence / influence.abs().mean()).nan_to_num().unsqueeze(1)
-            scores = target_scores(task, p.predictions, p.target, p.pushed(h), p.weight, len(index))
+            scores = target_scores(task, p.predictions, p.target, p.pushed(h) * factor, p.weight, len(index))
             values = torch.cat([torch.ones_like(influence), influence, scores], 1).float()
             values[~torch.isfinite(values[:, :4]).all(1)] = 0.0  # a step without a finite derivative says nothing
             sums.update(index, values)
