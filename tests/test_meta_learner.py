@@ -141,7 +141,8 @@ def test_what_is_learned_and_logged(learn: str, own_loss: bool) -> None:
     names = {"task_loss"}
     for more, is_there in (
         ({"meta_grad_norm", "skipped_meta_steps"}, learn != "nothing"),
-        ({"learned_loss", "implied_lr"}, learns_loss),
+        ({"learned_loss"}, learns_loss),
+        ({"implied_lr"}, learns_loss or learns_rate),
         ({"evidence"}, learn != "lr" and own_loss),
         ({"lr_scale"}, learns_rate),
     ):

@@ -92,7 +92,7 @@ def test_the_loss_learns_in_every_precision_and_computes_in_single(
     for name, value in phi(module).items():
         assert value.dtype == torch.float32
         assert torch.isfinite(value).all()
-        assert not torch.equal(value, start[name])
+        assert torch.equal(value, start[name]) == (name == "linear.2.bias")  # which no slope depends on
 
 
 def first_move(tmp_path: Any, precision: str, **changes: Any) -> dict[str, Tensor]:
@@ -171,7 +171,8 @@ def test_the_loss_keeps_single_precision_where_the_model_has_half(tmp_path: Any,
     for name, value in phi(module).items():
         assert value.dtype == torch.float32
         # Adam's steps of 1e-6 add up, which they could not in eight bits of mantissa.
-        assert 0 < (value - start[name]).abs().max() < 2e-5
+        if name != "linear.2.bias":  # which no slope depends on
+            assert 0 < (value - start[name]).abs().max() < 2e-5
 
 
 # Numbers that are not finite.

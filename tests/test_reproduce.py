@@ -89,7 +89,7 @@ def test_the_reading_is_the_papers_recipe(kind: str) -> None:
     assert (config.meta_lr, init.steps, init.lr) == (1e-5, 2500, 1e-3)  # section 4.4
     assert METHODS["adalfl"].build(kind, init_steps=3)[1].steps == 3
     ml3, _ = METHODS["ml3"].build(kind)
-    assert not ml3.online
+    assert ml3.meta_every is None
 
 
 @pytest.mark.parametrize("draw", [None, "torch"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_adalfl import AdaLFLConfig, AdaLFLInit
+from lightning_adalfl import AdaLFLConfig, AdaLFLInit, LossNetwork
 
 Options = Mapping[str, Any]
 
@@ -29,8 +29,8 @@ class Method:
 
     Attributes:
         recipe: ``"handcrafted"``, ``"library"`` (the library's defaults) or ``"paper"`` (the paper's own recipe).
-        loss: ``"network"``, or another learned loss that the paper's recipe is to have.
-        network: Options of the loss network that differ from `READING`.
+        loss: ``"paper"``, its loss network, or the name of another learned loss that its recipe is to have.
+        network: Options of that network that differ from `READING`.
         config: Fields of `AdaLFLConfig` that differ from the recipe's.
         init: Arguments of `AdaLFLInit` that differ from the recipe's; ``None`` for no offline phase.
         rate_factor: On the paper's learning rate.
@@ -38,7 +38,7 @@ class Method:
     """
 
     recipe: str
-    loss: str = "network"
+    loss: str = "paper"
     network: Options = field(default_factory=dict)
     config: Options = field(default_factory=dict)
     init: Options | None = field(default_factory=dict)
@@ -59,8 +59,13 @@ class Method:
         """
         if self.recipe == "library":
             return AdaLFLConfig(task=kind, **self.config), None
-        loss = {**READING, **self.network} if self.loss == "network" else {"representation": self.loss}
-        config = AdaLFLConfig.paper(kind, **loss, **self.config)
+        changes = dict(self.config)
+        if self.network:
+            with torch.random.fork_rng():  # the base model is drawn as without it
+                changes["loss"] = LossNetwork(kind, **{**READING, **self.network})
+        elif self.loss != "paper":
+            changes["loss"] = self.loss
+        config = AdaLFLConfig.paper(kind, **changes)
         if self.init is None:
             return config, None
         return config, AdaLFLInit.paper(**self.init, **({} if init_steps is None else {"steps": init_steps}))
@@ -98,8 +103,8 @@ METHODS: Mapping[str, Method] = {
     **{f"baseline rate x{k}": Method("handcrafted", rate_factor=k) for k in TUNING_GRID[1:]},
     # Its rate follows that of `adalfl`.
     "baseline_matched": Method("handcrafted"),
-    "ml3": Method("paper", config={"online": False}),
-    "ml3_relu": Method("paper", "ml3", config={"online": False}),
+    "ml3": Method("paper", config={"meta_every": None}),
+    "ml3_relu": Method("paper", "ml3", config={"meta_every": None}),
     "metalr": Method("paper", config={"learn": "lr"}),
     "taylor_quadratic": Method("paper", "taylor_quadratic"),
     "taylor_cubic": Method("paper", "taylor_cubic"),
@@ -133,7 +138,7 @@ ABLATIONS: Mapping[str, Mapping[str, Method]] = {
     "inner_steps": {
         "ml3": METHODS["ml3"],
         **{
-            f"ml3 inner_steps={k}": Method("paper", config={"online": False}, init={"inner_steps": k})
+            f"ml3 inner_steps={k}": Method("paper", config={"meta_every": None}, init={"inner_steps": k})
             for k in (5, 10, 15, 20)
         },
         "adalfl": METHODS["adalfl"],

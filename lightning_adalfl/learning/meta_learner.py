@@ -206,11 +206,12 @@ class MetaLearner:
         self.scalars["adalfl/task_loss"] = found.task_loss
         if found.evidence is not None and self.config.own_loss:
             self.scalars["adalfl/evidence"] = found.evidence
-        descent = step.forwards[-1].descent
+        descent, lr = step.forwards[-1].descent, step.optimizer.param_groups[0]["lr"]
+        if descent is not None and self.learned:
+            rate = lr if self.rate is None else lr * self.rate.log_scale.detach().exp()
+            self.scalars["adalfl/implied_lr"] = descent.implied_scale() * rate
         if descent is not None and self.loss is not None:
             self.scalars["adalfl/learned_loss"] = descent.value()
-            lr = step.optimizer.param_groups[0]["lr"]
-            self.scalars["adalfl/implied_lr"] = descent.implied_scale() * lr
 
     def warn_of_skipped(self) -> None:
         """Warn once if a meta step was left out; it reads a number from the device."""
