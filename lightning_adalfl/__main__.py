@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_adalfl inspect PATH``."""
+"""The command line: ``python -m lightning_adalfl inspect PATH``, and ``influence PATH``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_adalfl.inspection import plot_heatmap, plot_history, read, report
+from lightning_adalfl.inspection import InfluenceTable, plot_heatmap, plot_history, plot_influence, read, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,9 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_argument("--alone", action="store_true", help="a saved loss: it trains alone, with own_loss=False")
     inspect.add_argument("--targets", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="regression: targets")
     inspect.add_argument("--error-range", type=float, default=1.0, help="regression: the largest error")
+    inspect.set_defaults(run=_inspect)
+    influence = commands.add_parser("influence", help="list and draw which training instances hurt")
+    influence.add_argument("path", help="a log folder with influence.safetensors, or such a file; also a URL")
+    influence.add_argument("--rows", type=int, default=20, help="how many of the worst; by default %(default)s")
+    influence.add_argument("--csv", type=Path, help="where a table of all instances is to be written")
+    influence.add_argument("--output", type=Path, default=Path("influence.png"), help="the PNG; by default %(default)s")
+    influence.set_defaults(run=_influence)
     options = parser.parse_args(arguments)
     try:
-        print(_inspect(options))
+        print(options.run(options))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -59,6 +66,20 @@ def _inspect(options: argparse.Namespace) -> str:
         f"{'added to your own loss' if history.is_added else 'alone'}, at base step {newest.step:,}."
     )
     return "\n\n".join([head, text, f"Figures: {', '.join(map(str, figures))}."])
+
+
+def _influence(options: argparse.Namespace) -> str:
+    table = InfluenceTable.load(options.path)
+    columns, worst = table.columns(), table.ranking()[: options.rows]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    plot_influence(table).savefig(options.output, format="png")
+    if options.csv is not None:
+        table.to_csv(options.csv)
+    seen, suspected = int((columns["seen"] > 0).sum()), int((columns["label_quality"] < 0.5).sum())
+    head = f"{options.path}: of {seen:,} instances seen, {suspected:,} have a label quality below 0.5."
+    rows = [f"{i:>9}" + "".join(f"{values[i]:>15.4g}" for values in columns.values()) for i in worst]
+    names = "    index" + "".join(f"{name:>15}" for name in columns)
+    return "\n".join([head, "", names, *rows, "", f"Figure: {options.output}."])
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def record(loader: Any) -> None:
     """
     is_plain = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     if not is_plain or loader.batch_sampler is None or hasattr(loader, "load_state_dict"):
-        what = type(getattr(loader, "dataset", loader)).__name__
-        raise ValueError(f"a {type(loader).__name__} over {what} does not tell which instances it draws. {REMEDY}")
+        what = f" over {type(loader.dataset).__name__}" if isinstance(loader, DataLoader) else ""
+        raise ValueError(f"a {type(loader).__name__}{what} does not tell which instances it draws. {REMEDY}")
     if not isinstance(loader.batch_sampler, RecordedIndices):
         _put(loader, RecordedIndices(loader.batch_sampler))
 
