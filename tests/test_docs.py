@@ -19,6 +19,7 @@ from projects import Plain, Smooth, adaptive, loaders, make, trainer
 
 import lightning_adalfl
 from lightning_adalfl import AdaLFLConfig
+from lightning_adalfl.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -62,6 +63,17 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith(("http://", "https://", "mailto:")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_and_commands_that_a_page_names_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = page.read_text()
+    for path in re.findall(r"`?(examples/[\w/]+(?:\.py)?)", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+    for command in set(re.findall(r"python -m lightning_adalfl (\w+)", text)):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0, f"{page.name} names the command {command}"
 
 
 def named_tests(text: str) -> Iterator[tuple[str, str]]:
