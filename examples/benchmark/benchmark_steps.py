@@ -1,0 +1,120 @@
+"""One step of the paper's algorithm in a loop of one's own: with this package, with `higher`, and with TorchOpt.
+
+The base step descends the learned loss alone, and the meta step follows each; that is what the others can do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from itertools import repeat
+
+import torch
+import torch.nn.functional as F
+from benchmark_cases import LR, Batch
+from torch import Tensor, nn
+
+from lightning_adalfl import AdaLFLConfig, LearnedLoss, LossNetwork, MetaLearner
+
+META_LR = 1e-5
+Step = Callable[[Batch, Batch], None]
+
+
+def plain(model: nn.Module) -> Step:
+    """Ordinary training with the cross-entropy."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+
+    def step(batch: Batch, held_out: Batch) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+    return step
+
+
+def learner(model: nn.Module, way: str) -> Step:
+    """This package's ``MetaLearner``."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    meta = MetaLearner(AdaLFLConfig.paper("multiclass", loss=_network(), hypergradient=way, meta_lr=META_LR))
+    base = meta.new_base_step(model, optimizer)
+
+    def step(batch: Batch, held_out: Batch) -> None:
+        predictions, y = base.forward(batch)
+        optimizer.zero_grad()
+        base.descend(meta.objective, F.cross_entropy(predictions, y)).backward()
+        base.step()
+        meta.end_base_step(base, repeat(held_out))
+
+    return step
+
+
+def with_higher(model: nn.Module) -> Step:
+    """An inner loop of one step on `higher`, whose result is copied back."""
+    import higher
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    loss, meta_optimizer = _learned(model)
+
+    def step(batch: Batch, held_out: Batch) -> None:
+        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (unrolled, inner):
+            inner.step(loss(unrolled(batch[0]), batch[1]))
+            value = F.cross_entropy(unrolled(held_out[0]), held_out[1])
+            _meta_step(meta_optimizer, loss, value)
+            with torch.no_grad():
+                for old, new in zip(_tensors(model), _tensors(unrolled)):
+                    old.copy_(new)
+
+    return step
+
+
+def with_torchopt(model: nn.Module) -> Step:
+    """A differentiable step of TorchOpt inside the model, cut from its graph afterwards."""
+    import torchopt
+
+    optimizer = torchopt.MetaSGD(model, lr=LR)
+    loss, meta_optimizer = _learned(model)
+
+    def step(batch: Batch, held_out: Batch) -> None:
+        optimizer.step(loss(model(batch[0]), batch[1]))
+        _meta_step(meta_optimizer, loss, F.cross_entropy(model(held_out[0]), held_out[1]))
+        torchopt.stop_gradient(model)
+        torchopt.stop_gradient(optimizer)
+
+    return step
+
+
+def _network() -> LossNetwork:
+    torch.manual_seed(0)
+    return LossNetwork("multiclass")
+
+
+def _learned(model: nn.Module) -> tuple[LearnedLoss, torch.optim.Optimizer]:
+    loss = _network().to(next(model.parameters()).device)
+    return loss, torch.optim.Adam(loss.parameters(), lr=META_LR)
+
+
+def _meta_step(optimizer: torch.optim.Optimizer, loss: LearnedLoss, value: Tensor) -> None:
+    parameters = list(loss.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters)):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+STEPS: dict[str, Callable[[nn.Module], Step]] = {
+    "plain loop": plain,
+    "MetaLearner, forward": partial(learner, way="forward"),
+    "MetaLearner, finite_difference": partial(learner, way="finite_difference"),
+    "MetaLearner, reverse": partial(learner, way="reverse"),
+}
+STEPS.update(
+    {
+        f"{name}, unrolled": build
+        for name, build in (("higher", with_higher), ("torchopt", with_torchopt))
+        if importlib.util.find_spec(name)
+    }
+)
