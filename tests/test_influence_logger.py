@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -454,6 +456,17 @@ def test_an_iterator_that_draws_from_no_recorded_sampler_is_refused() -> None:
 def test_the_name_of_a_table_says_what_a_file_must_be(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         InfluenceTable.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
+def test_the_experiment_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "influence")
+    wrong_targets = importlib.import_module("wrong_targets")
+    monkeypatch.setitem(wrong_targets.TRAINING, "friedman1", (3e-3, 4))
+    options = Namespace(learn="nothing", meta_every=1, output=tmp_path)
+    result = wrong_targets.measure("friedman1", "shifted up", 0, options)
+    assert result["score"] > 0.85 > result["loss"]
+    assert set(result) == {"suspected", "score", "influence", "agreement", "loss", "precision", "recall"}
 
 
 def test_two_processes_have_one_table(tmp_path: Path) -> None:

@@ -205,23 +205,14 @@ def plot_influence(table: InfluenceTable) -> Figure:
         left, right = figure.subplots(1, 2)
         left.hist(quality, np.linspace(0, 1, 41), color="tab:blue")
         left.axvline(0.5, color="tab:red", ls="--", lw=1)
-        left.set(
-            xlabel="label quality: how likely the target is right",
-            ylabel="instances",
-            yscale="log",
-            xlim=(0, 1),
-            ylim=(0.7, None),
-        )
+        left.set(xlabel="label quality: how likely the target is right", xlim=(0, 1))
         left.set_title(f"{(quality < 0.5).sum():,} of {seen.sum():,} seen instances below 0.5", fontsize=10)
         bound = max(float(np.quantile(np.abs(influence), 0.995)), 1e-12)
         right.hist(influence.clip(-bound, bound), 41, color="tab:blue")
         right.axvline(0, color="0.3", lw=1)
-        right.set(
-            xlabel="mean influence; right of 0 it hurts the held-out loss",
-            ylabel="instances",
-            yscale="log",
-            ylim=(0.7, None),
-        )
+        right.set(xlabel="mean influence; right of 0 it hurts the held-out loss")
+        for axes in (left, right):
+            axes.set(ylabel="instances", yscale="log", ylim=(0.7, None))
         right.set_title(f"{(influence > 0).sum():,} hurt", fontsize=10)
     return figure
 
