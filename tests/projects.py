@@ -119,8 +119,13 @@ def tensors(module: L.LightningModule) -> dict[str, Tensor]:
 
 
 def phi(module: Any) -> dict[str, Tensor]:
-    """Return copies of φ."""
+    """Return copies of what is learned."""
     return {name: t.detach().clone() for name, t in module.adalfl.learned.items()}
+
+
+def loss_state(module: Any) -> dict[str, Tensor]:
+    """Return copies of φ, and of the units that it is in."""
+    return {name: t.detach().clone() for name, t in module.adalfl.loss.state_dict().items()}
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:

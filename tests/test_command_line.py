@@ -23,7 +23,7 @@ def test_it_draws_and_describes_whatever_a_run_leaves(
     text = capsys.readouterr().out
     step = 0 if name == "loss.safetensors" else 12
     for part in (
-        f"a LossNetwork of 2,840 numbers for task 'multiclass', added to your own loss, at base step {step}.",
+        f"a LossNetwork of 2,921 numbers for task 'multiclass', added to your own loss, at base step {step}.",
         "Strength (section 5.5).",
         "the rest on one other class",
         "Flat regions",

@@ -108,8 +108,10 @@ def test_every_move_is_along_the_gradient_at_the_phi_of_that_move() -> None:
     run(learner, 2)
     twin, (batch, meta_batch) = copy.deepcopy(learner), itertools.islice(batches(5), 2)
     learner.meta_step(stepped(learner, mlp(), batch), meta_batch)
-    found = hypergradient(stepped(twin, mlp(), batch), twin.task_loss, meta_batch)
-    adam = torch.optim.Adam(twin.loss.parameters(), lr=1e-2)
+    step = stepped(twin, mlp(), batch)
+    twin.objective.take_units([forward.descent for forward in step.forwards], None)
+    found = hypergradient(step, twin.task_loss, meta_batch)
+    adam = torch.optim.Adam(twin.loss.parameters(), lr=1e-2, eps=1e-15)
     for _ in range(3):
         for name, gradient in found.at_present().items():
             twin.learned[name].grad = gradient
@@ -124,6 +126,36 @@ def test_it_begins_as_the_users_own_training_and_learns() -> None:
     assert same(run(MetaLearner(config(meta_every=None)), 5).state_dict(), own)
     assert same(run(MetaLearner(config(meta_every=5)), 5).state_dict(), own)
     assert not same(run(MetaLearner(config(meta_every=4)), 5).state_dict(), own)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_project_in_other_units_is_the_same_project(weighted: bool) -> None:
+    """Targets in other units, and a loss with a factor: the same predictions, in these units, to float tolerance."""
+
+    def trained(unit: float, origin: float, factor: float) -> Tensor:
+        torch.manual_seed(0)
+        x = torch.randn(64, 3, dtype=torch.float64)
+        right = x[:, :1].sin()
+        y = right + (torch.rand_like(right) < 0.3) * 3
+        weight = [torch.rand_like(y).round()] if weighted else []
+        model = nn.Linear(3, 1).double()
+        learner = MetaLearner(AdaLFLConfig("regression", meta_every=2, meta_lr=1e-2))
+        learner.loss.double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1 / factor)  # whose steps are the same in any units
+        step = learner.new_base_step(model, optimizer, lambda batch: (origin + unit * model(batch[0]), *batch[1:]))
+        for _ in range(12):
+            f, target, *w = step.forward((x, origin + unit * y, *weight))
+            squares = (f - target).square() / unit**2
+            loss = factor * (F.mse_loss(f, target) / unit**2 if not w else (squares * w[0]).sum() / w[0].sum())
+            optimizer.zero_grad()
+            step.descend(learner.objective, loss).backward()
+            step.step()
+            learner.end_base_step(step, itertools.repeat((x, origin + unit * right)))
+        return model(x).detach()
+
+    plain = trained(1.0, 0.0, 1.0)
+    for unit, origin, factor in ((100.0, 0.0, 1.0), (1.0, 50.0, 1.0), (0.01, -3.0, 7.0)):
+        torch.testing.assert_close(trained(unit, origin, factor), plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("own_loss", [True, False])
@@ -186,11 +218,11 @@ def test_a_loss_that_is_given_is_used_as_it_is_and_not_shared(tmp_path: Path) ->
     expected = {name: value.clone() for name, value in given.state_dict().items()}
     for loss in (given, tmp_path / "loss.safetensors"):
         learner, other = (MetaLearner(config(loss=loss)) for _ in range(2))
-        assert same(phi(learner), expected)
+        assert same(dict(learner.loss.state_dict()), expected)
         assert learner.is_initialised == (loss is not given)
         run(learner, 3)
-        assert not same(phi(learner), expected)
-        assert same(phi(other), expected)
+        assert not same(dict(learner.loss.state_dict()), expected)
+        assert same(dict(other.loss.state_dict()), expected)
         assert same(given.state_dict(), expected)
 
 
@@ -447,7 +479,7 @@ def test_an_offline_phase_counts_no_base_steps_and_its_state_is_whole() -> None:
 def test_phi_is_set_by_name() -> None:
     learner, given = MetaLearner(config()), LossNetwork("multiclass", bias=True, sees_classes=True)
     learner.set_phi(given.state_dict())
-    assert same(phi(learner), dict(given.state_dict()))
+    assert same(dict(learner.loss.state_dict()), dict(given.state_dict()))
     assert not same(run(learner, 1).state_dict(), run(MetaLearner(config(learn="nothing")), 1).state_dict())
     with pytest.raises(ValueError, match="there is no learned loss to set: `learn` is neither 'loss' nor 'both'"):
         MetaLearner(config(learn="lr")).set_phi({})

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from projects import Ada, Keep, Plain, adaptive, assert_same, config, loaders, make, phi, tensors, trainer
+from projects import Ada, Keep, Plain, adaptive, assert_same, config, loaders, loss_state, make, tensors, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -35,7 +35,7 @@ class PhiTrace(Callback):
         self.phi: list[dict[str, Tensor]] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.phi.append(phi(pl_module))
+        self.phi.append(loss_state(pl_module))
 
 
 def record(tmp_path: Path, every: int = 1, **options: Any) -> tuple[Any, Path]:
@@ -54,7 +54,7 @@ def test_a_replay_is_the_recorded_run_without_its_meta_steps(own_loss: bool, tmp
     trainer(tmp_path, callbacks=[LossReplay(path), AdaLFLInit(steps=2)]).fit(module, *loaders())
     assert (module.adalfl.meta_steps, recorded.adalfl.meta_steps) == (0, 12)
     assert_same(tensors(module), tensors(recorded))
-    assert_same(phi(module), LossHistory.load(path).at(11))
+    assert_same(loss_state(module), LossHistory.load(path).at(11))
 
 
 def test_a_replay_in_a_loop_of_ones_own_without_lightning(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_resumed_replay_equals_one_that_was_not_stopped(tmp_path: Path) -> Non
 
     whole, resumed = fit(), fit(tmp_path / "kept" / "epoch=0.ckpt")
     assert_same(tensors(resumed), tensors(whole))
-    assert_same(phi(resumed), phi(whole))
+    assert_same(loss_state(resumed), loss_state(whole))
 
 
 class Regressor(pl.LightningModule):

@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
-from projects import Ada, AdaSmooth, Smooth, assert_same, config, loaders, make, phi, points, tensors, trainer
+from projects import (
+    Ada,
+    AdaSmooth,
+    Smooth,
+    assert_same,
+    config,
+    loaders,
+    loss_state,
+    make,
+    phi,
+    points,
+    tensors,
+    trainer,
+)
 from torch.utils.data import DataLoader
 
 from lightning_adalfl import AdaLFLInit, LearnedLoss, LossNetwork
@@ -39,7 +52,7 @@ def test_it_is_the_fixed_loss_of_another_model(saved: Path, tmp_path: Path) -> N
     trainer(tmp_path).fit(module, *loaders(shuffle=False))
     assert (module.adalfl.meta_steps, module.adalfl.base_steps) == (0, 12)
     loss = LearnedLoss.load(saved).requires_grad_(False)
-    assert_same(phi(module), dict(loss.state_dict()))
+    assert_same(loss_state(module), dict(loss.state_dict()))
 
     plain = make(Smooth).model
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
@@ -65,7 +78,7 @@ def test_learning_goes_on_from_it(saved: Path, tmp_path: Path) -> None:
 def test_the_offline_phase_does_not_run_over_it(saved: Path, tmp_path: Path) -> None:
     module = make(Ada, adalfl=fixed(saved))
     trainer(tmp_path, max_epochs=1, callbacks=[AdaLFLInit(steps=3)]).fit(module, *loaders())
-    assert_same(phi(module), dict(LearnedLoss.load(saved).state_dict()))
+    assert_same(loss_state(module), dict(LearnedLoss.load(saved).state_dict()))
 
 
 @pytest.mark.parametrize("meta_every", [1, None])
@@ -89,4 +102,4 @@ def test_it_is_carried_over_from_the_command_line(saved: Path, tmp_path: Path, m
         "sys.argv", ["train.py", "--seed_everything=1", *(f"--model.adalfl.{option}" for option in options)]
     )
     cli = LightningCLI(Ada, run=False, save_config_callback=None)
-    assert_same(phi(cli.model), dict(LearnedLoss.load(saved).state_dict()))
+    assert_same(loss_state(cli.model), dict(LearnedLoss.load(saved).state_dict()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,8 +20,8 @@ from lightning_adalfl.learning.learner_state import Undo, configuration_of, stat
 from lightning_adalfl.learning.recorded_forward import Predict
 from lightning_adalfl.learning.torch_private import norm
 from lightning_adalfl.losses.descent import Predicted
-from lightning_adalfl.losses.tasks import task_named
-from lightning_adalfl.losses.training_objective import OwnLoss, check_task_loss, initial_objective
+from lightning_adalfl.losses.tasks import check_task_loss, task_named
+from lightning_adalfl.losses.training_objective import OwnLoss, initial_objective
 
 RATE_HORIZON = 100  # base steps
 
@@ -43,12 +44,10 @@ class MetaLearner:
         config: The hyper-parameters.
 
     Attributes:
-        task_loss: L_T, a function of predictions, target and, where there is one, weight.
-        objective: What trains the base model.
+        task_loss, objective: L_T of predictions, target and, if there is one, weight; what trains the base model.
         loss: The learned loss, part of the objective; ``None`` if the learning rate alone is learned, or nothing.
         rate: The learned rate, or ``None``.
-        base_steps, answered: Base steps taken, and those up to the last one that a meta step followed.
-        meta_steps: Meta steps taken in training.
+        base_steps, answered, meta_steps: Base steps, those up to the last that a meta step followed, and meta steps.
         skipped: Meta steps left out, since the hypergradient or the task loss was not finite.
         is_initialised: Whether φ needs no offline phase, since one has run or φ was given.
         scalars: The newest values of what is logged, by name.
@@ -95,14 +94,13 @@ class MetaLearner:
         except ValueError as error:
             if isinstance(self.config.task_loss, str) or not self.config.own_loss:
                 raise
-            # The task loss knows what to make of them, and the learned loss has no pairs.
-            self.objective = OwnLoss()
+            self.objective = OwnLoss()  # the task loss knows what to make of them
             warnings.warn(
                 f"No shape is learned: {error} Training goes on with your own loss alone. To learn its shape, return "
                 "from `adalfl_predict` the output that is compared with the target, and a `task_loss` of that.",
                 stacklevel=2,
             )
-        check_task_loss(self.task_loss, predicted)
+        check_task_loss(self.task_loss, predicted.predictions, predicted.target, predicted.weight)
 
     def end_base_step(self, step: BaseStep, meta_batches: Any = None) -> None:
         """Count a base step that has been taken; take the meta step if one is due.
@@ -149,6 +147,8 @@ class MetaLearner:
             watch: Called with the last step and its hypergradient, before anything moves.
         """
         last = steps if isinstance(steps, BaseStep) else steps[-1]
+        if self.objective.is_zero:
+            self.objective.take_units([f.descent for f in last.forwards if f.descent], all_reduce)
         along = self.rate.along(last.before) if self.rate is not None else None
         while True:
             found = hypergradient(
@@ -234,7 +234,7 @@ class MetaLearner:
 
     @property
     def lr_scale(self) -> float:
-        """exp(s), the factor on the base optimizer's learning rates."""
+        """exp(s), on the base optimizer's learning rates."""
         return 1.0 if self.rate is None else self.rate.scale
 
     def start(self, lr: float | None = None) -> None:
@@ -244,8 +244,10 @@ class MetaLearner:
             groups.append({"params": list(self.loss.phi().values()), "lr": lr or self.config.meta_lr})
         if self.rate is not None:
             groups.append({"params": [self.rate.log_scale], "lr": lr or self.config.lr_meta_lr})
-        kind = getattr(torch.optim, self.config.meta_optimizer)
-        self._optimizer: Optimizer = kind(groups or [{"params": [nn.Parameter(torch.zeros(0))]}])
+        kind, groups = getattr(torch.optim, self.config.meta_optimizer), groups or [{"params": [nn.Parameter()]}]
+        # The held-out loss is in the project's units, on which steps of φ must not depend.
+        is_free = self.config.own_loss and "eps" in inspect.signature(kind).parameters
+        self._optimizer: Optimizer = kind(groups, eps=1e-15) if is_free else kind(groups)
 
     def finish_offline(self) -> None:
         """Take over what an offline phase has learned: training begins with fresh moments, and counts from zero."""
@@ -294,6 +296,5 @@ class MetaLearner:
         learner.load_state_dict(state)
         return learner
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of the module, as weight averaging makes one, has no part in the step that is under way.
+    def __getstate__(self) -> dict[str, Any]:  # a copy has no part in the step that is under way
         return {**self.__dict__, "last_step": None, "scalars": {}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,8 +15,13 @@ KNOTS = 257
 _WINDOWS = KNOTS - 3  # of four knots each
 # A pair looked up costs about this part of one evaluated.
 _LOOKUP_COST = 0.1
-# Takes the values at 0, 1, 2 and 3 to the coefficients of the cubic through them.
-_CUBIC = torch.linalg.inv(torch.vander(torch.arange(4.0, dtype=torch.float64), increasing=True))
+
+
+@cache  # a copy from the processor would have an accelerator wait
+def _cubic(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what takes the values at 0, 1, 2 and 3 to the coefficients of the cubic through them."""
+    powers = torch.vander(torch.arange(4.0, dtype=torch.float64), increasing=True)
+    return torch.linalg.inv(powers).to(device, dtype)
 
 
 def pair_gradient(loss: LearnedLoss, pairs: Pairs) -> OutputGradient:
@@ -48,7 +54,7 @@ class KnotGradient(OutputGradient):
         grid = torch.linspace(0.0, 1.0, KNOTS, dtype=p.dtype, device=p.device)
         if self._classes is None:
             at_knots = grid.unsqueeze(1).expand(-1, 2)
-            wanted = grid.new_tensor([0.0, 1.0]).expand(KNOTS, -1)
+            wanted = torch.arange(2, dtype=p.dtype, device=p.device).expand(KNOTS, -1)
         else:
             at_knots = grid.repeat(classes).unsqueeze(1).expand(-1, classes)  # (label · knot, output)
             wanted = torch.eye(classes, dtype=p.dtype, device=p.device).repeat_interleave(KNOTS, dim=0)
@@ -64,7 +70,12 @@ class KnotGradient(OutputGradient):
         pairs, p = self._pairs, self._pairs.prediction.detach()
         values = at_knots.view(-1, KNOTS, at_knots.shape[1]).transpose(1, 2).reshape(-1, KNOTS)
         # Of each function and window the four coefficients, (4, functions · windows).
-        table = (values.unfold(1, 4, 1) @ _CUBIC.to(values).T).permute(2, 0, 1).reshape(4, -1).contiguous()
+        table = (
+            (values.unfold(1, 4, 1) @ _cubic(values.dtype, values.device).T)
+            .permute(2, 0, 1)
+            .reshape(4, -1)
+            .contiguous()
+        )
         if self._classes is not None:
             return self._looked_up(table, p, self._pairs_of_classes())
         if pairs.labels is None:
@@ -127,7 +138,7 @@ class KnotGradient(OutputGradient):
             self._spread(moments, p.gather(1, labels), of_label, None, function=1)
         else:
             self._spread(moments, p, tangent, pairs.target.long() * _WINDOWS)
-        by_window = torch.einsum("kn,ki->ni", moments, _CUBIC.to(moments)).view(-1, _WINDOWS, 4)
+        by_window = torch.einsum("kn,ki->ni", moments, _cubic(moments.dtype, moments.device)).view(-1, _WINDOWS, 4)
         at_knots = by_window.new_zeros(len(by_window), KNOTS)
         for i in range(4):
             at_knots[:, i : i + _WINDOWS] += by_window[:, :, i]

@@ -107,6 +107,15 @@ class LearnedLoss(nn.Module, ABC):
         # The weights of other tasks average over all outputs already.
         return 1 if self.reduction == "mean" else prediction.shape[0] / prediction.numel()
 
+    def take_units(self, center: Tensor, spread: Tensor, slope: Tensor) -> None:
+        """Take in the units of a project, so that what is learned is the same in any; by default they are left.
+
+        Args:
+            center: The mean of the targets.
+            spread: Their standard deviation.
+            slope: The size of the user's gradient by the predictions of an instance.
+        """
+
     def phi(self) -> dict[str, Tensor]:
         """Return φ: the parameters that learn, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lightning_adalfl.checks import one_of
 from lightning_adalfl.losses.learned_loss import LearnedLoss
-from lightning_adalfl.losses.output_gradient import OutputGradient, evaluated, in_chunks
+from lightning_adalfl.losses.network_gradient import EMBEDDING, NetworkGradient, pairs_of, rows_of
+from lightning_adalfl.losses.output_gradient import OutputGradient
 from lightning_adalfl.losses.smooth_leaky_relu import SmoothLeakyReLU
 
 WEIGHT_INITS = ("kaiming_normal", "xavier_uniform")  # as torch.nn.init has them
 MAX_CLASSES = 100
-EMBEDDING = 4
 
 
 ACTIVATIONS = {"smooth_leaky_relu": SmoothLeakyReLU, "relu": nn.ReLU, "softplus": nn.Softplus}
@@ -36,8 +36,8 @@ class LossNetwork(LearnedLoss):
         sees_classes: For ``"multiclass"``: whether a 4-dimensional embedding of the label's class and one of the
             output's class stand beside (y_i, f_i): fixed codes, and learned changes to them that begin at zero. They
             have no part beyond 100 classes.
-        sees_error: For ``"regression"``: whether |f_i - y_i| and its square stand beside (y_i, f_i). A robust loss is
-            then near the start, and few trusted rows can find it.
+        sees_error: For ``"regression"``: whether ``|f_i - y_i|`` and its square stand beside (y_i, f_i). A robust
+            loss is then near the start, and few trusted rows can find it.
 
     Raises:
         TypeError: For a switch that is not a bool.
@@ -84,6 +84,12 @@ class LossNetwork(LearnedLoss):
             self.output_embedding = nn.Parameter(torch.zeros(MAX_CLASSES, EMBEDDING))
             self._codes: Tensor
             self.register_buffer("_codes", _class_codes(), persistent=False)
+        # Targets, and the slope of the user's loss, in the units of the project; see `take_units`.
+        self.center: Tensor
+        self.spread: Tensor
+        self.unit: Tensor
+        for name, value in (("center", 0.0), ("spread", 1.0), ("unit", 1.0)):
+            self.register_buffer(name, torch.tensor(value))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -94,10 +100,12 @@ class LossNetwork(LearnedLoss):
 
     def inputs(self, p: Tensor, y: Tensor) -> list[Tensor]:
         """Return what the first layer sees of pairs, each of their shape: the prediction is the second."""
+        p, y = (p - self.center) / self.spread, (y - self.center) / self.spread
         return [y, p, (p - y).abs(), (p - y).square()] if self.sees_error else [y, p]
 
     def inputs_by_prediction(self, p: Tensor, y: Tensor) -> list[Tensor]:
-        """Return the derivative of each of :meth:`inputs` by p."""
+        """Return the derivative of each of :meth:`inputs` by p, times the spread."""
+        p, y = (p - self.center) / self.spread, (y - self.center) / self.spread
         zero, one = torch.zeros_like(p), torch.ones_like(p)
         return [zero, one, (p - y).sign(), 2 * (p - y)] if self.sees_error else [zero, one]
 
@@ -106,17 +114,26 @@ class LossNetwork(LearnedLoss):
         for parameter in self.linear[-1].parameters():
             nn.init.zeros_(parameter)
 
+    @torch.no_grad()
+    def take_units(self, center: Tensor, spread: Tensor, slope: Tensor) -> None:
+        """Take in the unit of the slope, and for regression that of the targets."""
+        self.unit.copy_(torch.where(torch.isfinite(slope) & (slope > 0), slope, 1.0))
+        if self.task == "regression":
+            is_known = torch.isfinite(spread) & (spread > 0)
+            self.center.copy_(torch.where(is_known, center, 0.0))
+            self.spread.copy_(torch.where(is_known, spread, 1.0))
+
     def tells_apart(self, outputs: int) -> bool:
         """Return whether there are embeddings for so many classes."""
         return self.sees_classes and outputs <= MAX_CLASSES
 
     def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return ℓ_φ(y_i, f_i) element-wise; where the loss sees classes they are dimension 1."""
-        p, y = _rows(prediction), _rows(target)
+        p, y = rows_of(prediction), rows_of(target)
         value = self.first(p, y)
         for layer in self.linear[1:]:
             value = layer(self.between(value))
-        return _from_rows(self.last(value).view_as(p), prediction)
+        return pairs_of(self.last(value).view_as(p), prediction) * (self.unit * self.spread)
 
     def first(self, p: Tensor, y: Tensor) -> Tensor:
         """Return the first layer's sums for pairs (R, C), of shape (R · C, width)."""
@@ -152,144 +169,6 @@ LossNetwork.presets = {
     "paper": partial(LossNetwork, weight_init="xavier_uniform"),
     "ml3": partial(LossNetwork, activation="relu", output_activation="softplus", weight_init="xavier_uniform"),
 }
-
-
-class NetworkGradient(OutputGradient):
-    """For a network ``o = wᵀ a_L``, ``a_l = s(z_l)``, ``z_l = W_l a_{l-1} + b_l``, on inputs ``a_0(y, p)``.
-
-    The backward pass is ``f_L = w``, ``e_l = s'(z_l) f_l``, ``f_{l-1} = W_lᵀ e_l``, and the gradient by p is
-    ``f_0 · ∂a_0/∂p``. Its product with a tangent p' takes the tangents ``t_l = W_l τ_{l-1}``, ``τ_l = s'(z_l) t_l``
-    from ``τ_0 = p' ∂a_0/∂p``, and the adjoints ``q_l = s''(z_l) t_l f_l + s'(z_l) W_{l+1}ᵀ q_{l+1}`` of z_l; then
-    ``∂⟨m, p'⟩/∂W_l = Σ (e_l τ_{l-1}ᵀ + q_l a_{l-1}ᵀ)`` over the pairs. The embeddings enter z_1 by a sum.
-
-    Args:
-        loss: ℓ_φ.
-        prediction: f.
-        target: y.
-    """
-
-    def __init__(self, loss: LossNetwork, prediction: Tensor, target: Tensor) -> None:
-        self._loss = loss
-        self._pairs = prediction.detach(), target.detach()
-        self._p, self._y = map(_rows, self._pairs)
-        # One pass is kept for the second derivative; of several, each is taken again, so that memory does not grow.
-        self._kept: _Pass | None = None
-        value = torch.empty_like(self._p)
-        with torch.no_grad():
-            for part, result in self._passes(value):
-                result.copy_(part.by_prediction())
-        self.value = _from_rows(value, prediction)
-
-    def losses(self) -> Tensor:
-        """Return them chunk by chunk."""
-        return evaluated(self._loss.pairwise, *self._pairs)
-
-    def _passes(self, others: Tensor) -> Iterator[tuple[_Pass, Tensor]]:
-        """Yield the passes through the chunks of the pairs, each with its part of ``others``."""
-        for p, y, other in in_chunks(self._p, self._y, others):
-            part = self._kept or _Pass(self._loss, p, y)
-            self._kept = part if len(p) == len(self._p) else None
-            yield part, other
-
-    @torch.no_grad()
-    def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
-        """Return ``∂/∂φ Σ_i tangent_i · value_i``."""
-        total = {name: torch.zeros_like(p) for name, p in self._loss.phi().items()}
-        for part, weight in self._passes(_rows(tangent)):
-            for name, gradient in part.by_phi(weight.reshape(-1, 1)).items():
-                if name in total:
-                    total[name] += gradient
-        return total
-
-
-class _Pass:
-    """One pass through the network for pairs (R, C), with what both derivatives share."""
-
-    def __init__(self, loss: LossNetwork, p: Tensor, y: Tensor) -> None:
-        self._loss, self._p, self._y = loss, p, y
-        self._weights: list[Tensor] = [layer.weight for layer in loss.linear]  # type: ignore[misc]
-        self._activation: SmoothLeakyReLU = loss.between
-        z = loss.first(p, y)
-        self._a: list[Tensor] = []
-        self._ds: list[Tensor] = []
-        for layer in loss.linear[1:]:
-            self._ds.append(self._activation.slope(z))
-            if layer is not loss.linear[-1]:
-                self._a.append(self._activation(z))
-                z = layer(self._a[-1])
-        f = self._weights[-1]
-        self._f, self._e = [f], [self._ds[-1] * f]
-        for weight, ds in zip(reversed(self._weights[1:-1]), reversed(self._ds[:-1])):
-            self._f.insert(0, self._e[0] @ weight)
-            self._e.insert(0, ds * self._f[0])
-
-    def by_prediction(self) -> Tensor:
-        """Return the gradient by p, (R, C)."""
-        if not self._loss.sees_error:
-            return (self._e[0] @ self._weights[0][:, 1]).view_as(self._p)
-        return ((self._e[0] @ self._weights[0]) * self._by_prediction()).sum(1).view_as(self._p)
-
-    def _by_prediction(self) -> Tensor:
-        """Return ``∂a_0/∂p``, (R · C, inputs)."""
-        parts = self._loss.inputs_by_prediction(self._p, self._y)
-        return torch.stack(parts, dim=-1).view(-1, len(parts))
-
-    def by_phi(self, tangent: Tensor) -> dict[str, Tensor]:
-        """Return the derivative by φ of the inner product with a tangent (R · C, 1)."""
-        first, *middle, _ = self._weights
-        start = tangent * self._by_prediction()
-        t, tau = [start @ first[:, : start.shape[1]].T], []
-        for weight, ds in zip([*middle, None], self._ds):
-            tau.append(ds * t[-1])
-            if weight is not None:
-                t.append(tau[-1] @ weight.T)
-        found = {f"linear.{len(self._ds)}.weight": tau[-1].sum(0, keepdim=True)}
-        q = self._adjoint(-1, t[-1])
-        for k in range(len(middle), 0, -1):
-            found[f"linear.{k}.weight"] = (q.T @ self._a[k - 1]).addmm_(self._e[k].T, tau[k - 1])
-            found[f"linear.{k}.bias"] = q.sum(0)
-            q = self._adjoint(k - 1, t[k - 1]).addcmul_(self._ds[k - 1], q @ self._weights[k])
-        found["linear.0.bias"] = q.sum(0)
-        inputs = torch.stack(self._loss.inputs(self._p, self._y), dim=-1).view_as(start)
-        by_weight = (q.T @ inputs).addmm_(self._e[0].T, start)
-        if self._loss.sees_classes:
-            by_weight = torch.cat([by_weight, *self._by_embeddings(q.view(*self._p.shape, -1), found)], dim=1)
-        return {**found, "linear.0.weight": by_weight}
-
-    def _adjoint(self, k: int, t: Tensor) -> Tensor:
-        return self._activation.curvature(self._ds[k]).mul_(t).mul_(self._f[k])
-
-    def _by_embeddings(self, q: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
-        """Return the derivatives by what the first layer makes of either embedding; add those by the embeddings.
-
-        Args:
-            q: The adjoint of z_1, (R, C, width).
-            found: To which they are added.
-        """
-        classes, parts = self._p.shape[1], self._weights[0][:, 2:].split(EMBEDDING, dim=1)
-        if not self._loss.tells_apart(classes):
-            return [torch.zeros_like(part) for part in parts]
-        by_sum = {"label_embedding": self._y.T @ q.sum(1), "output_embedding": q.sum(0)}  # each (C, width)
-        by_part = []
-        for (name, adjoint), part, embedding in zip(by_sum.items(), parts, self._loss.embeddings(classes)):
-            found[name] = torch.zeros_like(getattr(self._loss, name))
-            found[name][:classes] = adjoint @ part
-            by_part.append(adjoint.T @ embedding)
-        return by_part
-
-
-def _rows(pairs: Tensor) -> Tensor:
-    """Return pairs (N, C, d1, …) as (N · d1 · …, C), and (N,) as (N, 1)."""
-    if pairs.ndim == 1:
-        return pairs.unsqueeze(1)
-    return pairs.movedim(1, -1).reshape(-1, pairs.shape[1])
-
-
-def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """Undo :func:`_rows`."""
-    if like.ndim == 1:
-        return rows.squeeze(1)
-    return rows.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
 
 
 def _class_codes() -> Tensor:

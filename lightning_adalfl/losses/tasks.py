@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -281,3 +282,20 @@ def _check_kind(predictions: Tensor, target: Tensor) -> None:
         raise ValueError(f"`target` must be real; got {target.dtype}. Give its two parts as two outputs.")
     if predictions.ndim == 0 or predictions.numel() == 0:
         raise ValueError(f"`predictions` must hold at least one instance; got shape {tuple(predictions.shape)}.")
+
+
+def check_task_loss(
+    task_loss: Callable[..., Tensor], predictions: Tensor, target: Tensor, weight: Tensor | None
+) -> None:
+    """Raise a ``ValueError`` unless the task loss of a first batch is a scalar that can be differentiated."""
+    leaf = predictions.detach().requires_grad_()
+    with torch.enable_grad():
+        value = task_loss(leaf, target, *([] if weight is None else [weight]))
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        kind = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"`task_loss` must return a scalar, the mean over the batch; got {kind}.")
+    if not value.requires_grad:
+        raise ValueError(
+            "`task_loss` cannot be differentiated: its value does not depend on the predictions by operations that "
+            "torch differentiates. Leave out `argmax`, rounding, `detach` and NumPy."
+        )

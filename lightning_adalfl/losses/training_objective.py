@@ -45,6 +45,15 @@ class TrainingObjective(ABC):
     def gradient(self, own_loss: BatchLoss, predictions: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """Return m as a differentiable function of predictions and φ, where L_u is a function of the predictions."""
 
+    def take_units(self, descents: Sequence[Descent], all_reduce: Callable[[list[Tensor]], Any] | None) -> None:
+        """See in which units the user's loss and targets are, before φ moves for the first time.
+
+        Args:
+            descents: Of the base step, whose backward has run.
+            all_reduce: Averages a list of tensors over processes in place.
+        """
+        return
+
 
 class OwnLoss(TrainingObjective):
     """The user's own loss, as it is."""
@@ -92,11 +101,33 @@ class BentLoss(TrainingObjective):
         """Return the user's loss; hooks on the outputs bend its slope on the way back."""
         return _BentDescent(self.loss, self.is_zero, own_loss, predicted)
 
+    def take_units(self, descents: Sequence[Descent], all_reduce: Callable[[list[Tensor]], Any] | None) -> None:
+        """Give the learned loss the unit of the user's slope, and for regression that of the targets."""
+        found = torch.stack([_units(descent, self.loss.pairing) for descent in descents]).mean(0)
+        if all_reduce is not None:
+            all_reduce([found])
+        mean, square, slope = found
+        self.loss.take_units(mean, (square - mean.square()).clamp_min(0).sqrt(), slope.sqrt())
+
     def gradient(self, own_loss: BatchLoss, predictions: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """Return m by autograd."""
         tau = _gradient(own_loss, predictions, target, weight)
         bent = tau + self.loss.outputs(predictions) * _gradient(self.loss, predictions, target, weight)
         return bent * (tau.norm() / bent.norm()).clamp(max=1.0)
+
+
+@torch.no_grad()
+def _units(descent: Descent, task: Task) -> Tensor:
+    """Return mean and mean square of the targets, and the mean square of an instance's slope, (3,)."""
+    predicted, (tau, *_) = descent.predicted, descent.own
+    pairs = task.pairs(predicted.predictions.to(tau.dtype), predicted.target, predicted.weight)
+    weight, target = pairs.weight.to(tau.dtype), pairs.target
+    counts = weight.expand_as(target) / weight.expand_as(target).sum()
+    target = torch.where(counts > 0, target, 0)
+    if tau.shape != predicted.predictions.shape:  # the predictions are made of several outputs
+        weight = torch.full_like(tau, 1 / max(1, len(tau)))
+    slopes = torch.where(weight > 0, tau.square() / weight, 0)
+    return torch.stack([(counts * target).sum(), (counts * target.square()).sum(), slopes.sum() / weight.sum()])
 
 
 class _BentDescent(Descent):
@@ -262,19 +293,3 @@ def _loss_of(given: LearnedLoss | PathLike, task: str) -> tuple[LearnedLoss, boo
             "Give a loss that was learned on the same kind of task."
         )
     return loss, True
-
-
-def check_task_loss(task_loss: BatchLoss, predicted: Predicted) -> None:
-    """Raise a ``ValueError`` unless the task loss of a first batch is a scalar that can be differentiated."""
-    leaf = predicted.predictions.detach().requires_grad_()
-    weight = [] if predicted.weight is None else [predicted.weight]
-    with torch.enable_grad():
-        value = task_loss(leaf, predicted.target, *weight)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        kind = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"`task_loss` must return a scalar, the mean over the batch; got {kind}.")
-    if not value.requires_grad:
-        raise ValueError(
-            "`task_loss` cannot be differentiated: its value does not depend on the predictions by operations that "
-            "torch differentiates. Leave out `argmax`, rounding, `detach` and NumPy."
-        )
