@@ -86,8 +86,10 @@ class InfluenceLogger(Callback):
         if self._sums is None:
             if self.size is None and not hasattr(data, "__len__"):
                 raise ValueError("`size` is needed where the data have no length: `InfluenceLogger(size=...)`.")
-            state, self._state = self._state if trainer.is_global_zero else {}, {}
+            # One process goes on from the sums of all, and the others from zero.
+            state = {k: t if trainer.is_global_zero else torch.zeros_like(t) for k, t in self._state.items()}
             self._sums = _Sums(self.size or len(data), state).to(pl_module.device)  # type: ignore[arg-type]
+            self._state = {}
         try:
             index, last = torch.as_tensor(found), len(self._sums.sums) - 1
             is_known = not index.is_floating_point() and 0 <= int(index.min()) <= int(index.max()) <= last
