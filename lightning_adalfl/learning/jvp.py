@@ -47,9 +47,9 @@ class JacobianProduct(ABC):
                 raise ValueError(
                     "the forward of the base step gives another result when it is run again, so that its derivative "
                     "would be wrong. Look for what it draws or keeps outside torch's, NumPy's and Python's global "
-                    "generators and its own attributes, for dropout in a compiled part "
-                    "(`hypergradient='finite_difference'` runs it compiled), or for a step that changes features "
-                    "between two parts of the model; or set `learn='nothing'` and `meta_every=None`."
+                    "generators and its own attributes, for dropout in a compiled part or in fused attention on an "
+                    "accelerator (`hypergradient='finite_difference'` runs both as they are), or for a step that "
+                    "changes features between two parts of the model. Or set `meta_every=None`."
                 )
 
     @abstractmethod
