@@ -8,7 +8,7 @@ from lightning_adalfl.learning import BaseStep, Hypergradient, JacobianProduct, 
 from lightning_adalfl.learning.meta_learner import MetaLearner
 from lightning_adalfl.losses import LearnedLoss, LossNetwork, SmoothLeakyReLU, TaylorLoss
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaLFLConfig",
