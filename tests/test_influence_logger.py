@@ -348,6 +348,21 @@ def test_a_table_holds_means_and_ranks_by_agreement_where_nothing_was_held_out(t
     pandas.testing.assert_frame_equal(frame, written, rtol=1e-5, check_dtype=False)
 
 
+@pytest.mark.parametrize("held_out_loss", [0.1, 3.0])
+def test_losses_count_unless_the_training_targets_are_known_by_heart(held_out_loss: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(200, 6, generator=generator)
+    rows[:, 0] = 1
+    probes = torch.rand(50, 2, 5, generator=generator)
+    probes[..., 0] = 1
+    probes[:, 1, 1] += 0.5  # a wrong target agrees less with the others, and has a larger loss
+    probes[:, 0, 2] *= 2 * held_out_loss
+    probes[:, 1, 2] += 4
+    table = InfluenceTable("multiclass", rows, probes, torch.ones(50, 1))
+    by_agreement = np.argsort(-table.mean("agreement"), kind="stable")
+    assert np.array_equal(table.ranking(), by_agreement) == (held_out_loss > 1)
+
+
 def test_a_million_instances_take_24_megabytes(tmp_path: Path) -> None:
     table = InfluenceTable("binary", torch.rand(1_000_000, 6), torch.zeros(0, 1, 5), torch.zeros(0, 0))
     table.save(tmp_path / "influence.safetensors")

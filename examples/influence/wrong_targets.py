@@ -127,7 +127,7 @@ def measure(task: str, kind: str, seed: int, options: argparse.Namespace) -> dic
     L.Trainer(
         **{"max_epochs": epochs, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
         **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": [logger]},
-        default_root_dir=options.output / f"{task} {kind}".replace(" ", "_"),
+        default_root_dir=options.output / f"{task} {kind} {seed}".replace(" ", "_"),
     ).fit(
         AdaNetwork(model, criterion, lr, adalfl=config),
         DataLoader(train, 64, shuffle=True),

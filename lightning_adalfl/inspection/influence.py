@@ -33,7 +33,8 @@ class InfluenceTable:
 
     :meth:`score` makes one number of them. Some held-out instances were scored with their own targets, which are right,
     and with others, which are wrong. A logistic regression learns from both how agreement, loss and margin tell them
-    apart, and is then asked about the training targets. Without such instances the score is the agreement.
+    apart, and is then asked about the training targets. It learns from agreement alone where the network knows those by
+    heart, and held-out losses are higher. Without held-out instances the score is the agreement.
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
@@ -149,6 +150,8 @@ class InfluenceTable:
         if len(right) < 2 or counts.sum() <= 0 or seen.sum() < 2:
             return self.mean("agreement"), None
         centre, spread = found[seen].mean(0), found[seen].std(0).clip(1e-12)
+        if right[:, 1].mean() > centre[1] + spread[1]:  # training targets are known by heart: their loss tells nothing
+            found, right, wrong, centre, spread = (a[..., :1] for a in (found, right, wrong, centre, spread))
         x = (np.concatenate([right, wrong]) - centre) / spread
         y = np.repeat([0.0, 1.0], [len(right), len(wrong)])
         counts = np.append(np.ones(len(right)), counts * len(right) / counts.sum())
