@@ -30,6 +30,8 @@ from lightning_adalfl import AdaLFLConfig, InfluenceLogger
 from lightning_adalfl.__main__ import main
 from lightning_adalfl.adapter.recorded_indices import indices_of, record
 from lightning_adalfl.inspection import InfluenceTable
+from lightning_adalfl.inspection.target_scores import target_scores
+from lightning_adalfl.losses.tasks import task_named
 
 WATCHED = config(learn="nothing")
 
@@ -346,6 +348,51 @@ def test_a_table_holds_means_and_ranks_by_agreement_where_nothing_was_held_out(t
     table.to_csv(tmp_path / "influence.csv")
     written = pandas.read_csv(tmp_path / "influence.csv", index_col="index")
     pandas.testing.assert_frame_equal(frame, written, rtol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "binary", "regression"])
+def test_scores_are_what_they_say_however_sure_a_prediction_is(task: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(50, 3 if task == "multiclass" else 1, generator=generator, dtype=torch.float64)
+    f[:20] *= torch.logspace(0, 2, 20).unsqueeze(1)
+    h = torch.randn(f.shape, generator=generator, dtype=torch.float64) * 1e-9
+    y = torch.randint(0, f.shape[1], (50,), generator=generator)
+    y = y if task == "multiclass" else torch.randint(0, 2, f.shape, generator=generator).double()
+    known = task_named(task)
+    leaf = f.clone().requires_grad_()
+    losses = torch.stack([known.loss(leaf[i : i + 1], y[i : i + 1]) for i in range(50)])
+    (tau,) = torch.autograd.grad(losses.sum(), leaf)
+    agreement, loss, margin, misclassified = target_scores(known, f, y, h, None, 50).double().unbind(1)
+    assert agreement.abs().max() <= 1 + 1e-6
+    is_kept = tau.abs().amax(1) > 1e-7  # what float32 can tell
+    expected = F.cosine_similarity(tau, h, eps=1e-300)
+    torch.testing.assert_close(agreement[is_kept], expected[is_kept], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(loss, losses.detach(), rtol=1e-4, atol=1e-6)
+    if task == "regression":
+        assert margin.isnan().all()
+        return
+    is_wrong = f.argmax(1) != y if task == "multiclass" else ((f > 0) != (y > 0)).squeeze(1)
+    assert torch.equal(misclassified > 0, is_wrong)
+    assert torch.equal(margin < 0, is_wrong)
+
+
+def test_tokens_of_a_sequence_count_together_and_those_without_weight_not_at_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    f, h = (torch.randn(4 * 5, 3, generator=generator) for _ in range(2))
+    y = torch.randint(0, 3, (4 * 5,), generator=generator)
+    y[::5] = -1
+    flat = target_scores(task_named("multiclass", ignore_index=-1), f, y, h, None, 4)
+    weight = (y >= 0).float()
+    upright = [t.view(4, 5, 3).movedim(2, 1) for t in (f, h)]
+    y[::5] = 2
+    for found in (
+        target_scores(task_named("multiclass"), f, y, h, weight, 4),
+        target_scores(task_named("multiclass"), upright[0], y.view(4, 5), upright[1], weight.view(4, 5), 4),
+    ):
+        torch.testing.assert_close(found, flat)
+    kept = (f.view(4, 5, 3)[:, 1:], y.view(4, 5)[:, 1:])
+    losses = F.cross_entropy(kept[0].reshape(-1, 3), kept[1].reshape(-1), reduction="none").view(4, 4).mean(1)
+    torch.testing.assert_close(flat[:, 1], losses)
 
 
 @pytest.mark.parametrize("held_out_loss", [0.1, 3.0])

@@ -52,8 +52,11 @@ def target_scores(
             margin = (2 * y - 1) * f
     missed = torch.where(margin.isnan(), margin, (margin < 0).float())
     means = [(t.masked_fill(counts == 0, 0) * counts).sum(1) / counts.sum(1) for t in (loss, margin, missed)]
-    tau, h = ((t * w.view(*w.shape, *[1] * (t.ndim - 2))).flatten(1) for t in (tau, h))
-    return torch.stack([F.cosine_similarity(tau, h, eps=1e-30), *means], 1)
+    # By the largest number first: squares of the smallest, where a prediction is very sure, would underflow.
+    tau, h = (
+        F.normalize((t * w.view(*w.shape, *[1] * (t.ndim - 2))).flatten(1), torch.inf, eps=1e-38) for t in (tau, h)
+    )
+    return torch.stack([F.cosine_similarity(tau, h), *means], 1)
 
 
 def other_targets(
