@@ -121,9 +121,11 @@ def draw(columns: dict[str, tuple[Errors, Errors]]) -> Figure:
         for errors, label in zip(runs, ("own loss", "with lightning_adalfl")):
             steps, _, test_errors = zip(*errors.rows)
             axes.plot(steps, test_errors, label=label)
-        axes.set(title=title, xlabel="training step", ylim=(0, None))
+        stop = min(runs[0].rows, key=lambda row: row[1])
+        axes.plot(stop[0], stop[2], "o", color="tab:blue", mfc="white", label="own loss, early-stopped")
+        axes.set(title=title, xlabel="training step")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("test error")
+    figure.axes[0].set(ylabel="test error", ylim=(0, None))
     figure.axes[0].legend()
     return figure
 
