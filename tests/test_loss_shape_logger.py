@@ -11,7 +11,21 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
-from projects import Ada, Keep, Plain, adaptive, assert_same, config, loaders, make, phi, points, tensors, trainer
+from projects import (
+    Ada,
+    Keep,
+    Plain,
+    adaptive,
+    assert_same,
+    config,
+    loaders,
+    loss_state,
+    make,
+    phi,
+    points,
+    tensors,
+    trainer,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -43,7 +57,7 @@ class Trace(Callback):
         self.phi: dict[int, Any] = {}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.phi[pl_module.adalfl.base_steps] = phi(pl_module)
+        self.phi[pl_module.adalfl.base_steps] = loss_state(pl_module)
 
 
 @pytest.mark.parametrize(("every", "steps"), [(4, [0, 4, 8, 12]), (5, [0, 5, 10, 12]), (100, [0, 12])])

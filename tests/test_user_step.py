@@ -367,6 +367,15 @@ class Pops(Base):
         return [{"x": x, "y": y} for x, y in Base.data(size)]
 
 
+class CalledTwice(Base):
+    """The loss is that of the second call, and the first is for the logs."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        self.log("first", F.cross_entropy(self(x), y))
+        return F.cross_entropy(self(x), y)
+
+
 class Mixup(Base):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -405,6 +414,7 @@ class TargetChanged(Base):
 
 
 AT_ONCE = [
+    CalledTwice,
     Base,
     WeightedAndSmoothed,
     Focal,

@@ -118,7 +118,7 @@ class OnlineRun:
         loss = loss_of(output)
         found = None
         if isinstance(loss, Tensor) and loss.requires_grad:  # or else it skips the batch
-            found = self._observer.found()
+            found = self._observer.found(loss)
         descent = None if found is None else self._descent(loss, found)
         self._observer.end()
         return output, descent

@@ -40,17 +40,21 @@ class Found:
 
     def reaches(self, loss: Tensor) -> bool:
         """Return whether a loss was computed from the outputs."""
-        wanted = {o.grad_fn for o in self.predicted.outputs}
-        seen: set[Any] = set()
-        waiting: list[Any] = [loss.grad_fn]
-        while waiting:
-            node = waiting.pop()
-            if node in wanted:
-                return True
-            if node is not None and node not in seen:
-                seen.add(node)
-                waiting += [parent for parent, _ in node.next_functions]
-        return False
+        return _depends(loss, self.predicted.outputs)
+
+
+def _depends(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
+    wanted = {o.grad_fn for o in outputs}
+    seen: set[Any] = set()
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in wanted:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return False
 
 
 class StepObserver:
@@ -86,6 +90,7 @@ class StepObserver:
         self._is_first = True
         self._draws_elsewhere = False
         self._batch: Any = None
+        self._loss: Tensor | None = None
         self._first_versions: dict[int, int] = {}
         self._start: dict[str, Any] = {}
         self._wanted: dict[tuple[int, ...], list[tuple[int, int]]] = {}
@@ -125,7 +130,7 @@ class StepObserver:
     def end(self) -> None:
         """Let go of all that the step left."""
         self.forget(None)
-        self._batch, self._first_versions = None, {}
+        self._batch, self._first_versions, self._loss = None, {}, None
 
     def _keep_start(self) -> None:
         random = RandomState.capture(self._device)
@@ -136,10 +141,11 @@ class StepObserver:
         """Whether a module has been called since :meth:`forget`."""
         return bool(self._calls.calls)
 
-    def found(self, is_certain: bool = True) -> Found | None:
+    def found(self, loss: Tensor | None = None, is_certain: bool = True) -> Found | None:
         """Return what was predicted.
 
         Args:
+            loss: Tells calls with the same input apart: those that it came from are meant.
             is_certain: Whether there must be something; if not, predictions of another origin are ``None``.
 
         Raises:
@@ -152,6 +158,7 @@ class StepObserver:
             )
         for call in self._calls.calls:
             call.is_answered = False
+        self._loss = loss
         with self._put_back(), torch.enable_grad(), self._calls.answering(self._chosen):
             predictions, target, *weight = self._predict(map_tensors(lambda t: t, self._batch))
         wanted = self._cut(predictions, is_certain)
@@ -224,7 +231,10 @@ class StepObserver:
     def _chosen(self, left: Sequence[Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Return the observed call that has the inputs that are given, or else the first; refuse changed inputs."""
         given = tensors_in((args, kwargs))
-        known = next((c for c in left if same_tensors(c.inputs, given)), None)
+        same, loss = [c for c in left if same_tensors(c.inputs, given)], self._loss
+        if len(same) > 1 and loss is not None:
+            same = [c for c in same if _depends(loss, tensors_in(c.output))] or same
+        known = same[0] if same else None
         if known is None and len(left) > 1:
             known = next((c for c in left if equal_tensors(c.inputs, given)), None)
         known = left[0] if known is None else known
