@@ -2,8 +2,7 @@
 
 from lightning_adalfl.losses.descent import Descent, Predicted
 from lightning_adalfl.losses.learned_loss import LearnedLoss
-from lightning_adalfl.losses.network import LossNetwork
-from lightning_adalfl.losses.smooth_leaky_relu import SmoothLeakyReLU
+from lightning_adalfl.losses.network import LossNetwork, SmoothLeakyReLU
 from lightning_adalfl.losses.taylor import TaylorLoss
 from lightning_adalfl.losses.training_objective import BatchLoss, TrainingObjective
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_adalfl.losses.output_gradient import OutputGradient, evaluated, in_chunks
-from lightning_adalfl.losses.smooth_leaky_relu import SmoothLeakyReLU
 
 EMBEDDING = 4
 
@@ -68,7 +67,7 @@ class _Pass:
     def __init__(self, loss: Any, p: Tensor, y: Tensor) -> None:
         self._loss, self._p, self._y = loss, p, y
         self._weights: list[Tensor] = [layer.weight for layer in loss.linear]
-        self._activation: SmoothLeakyReLU = loss.between
+        self._activation = loss.between
         z = loss.first(p, y)
         self._a: list[Tensor] = []
         self._ds: list[Tensor] = []

@@ -288,9 +288,8 @@ def check_task_loss(
     task_loss: Callable[..., Tensor], predictions: Tensor, target: Tensor, weight: Tensor | None
 ) -> None:
     """Raise a ``ValueError`` unless the task loss of a first batch is a scalar that can be differentiated."""
-    leaf = predictions.detach().requires_grad_()
     with torch.enable_grad():
-        value = task_loss(leaf, target, *([] if weight is None else [weight]))
+        value = task_loss(predictions.detach().requires_grad_(), target, *([] if weight is None else [weight]))
     if not isinstance(value, Tensor) or value.numel() != 1:
         kind = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"`task_loss` must return a scalar, the mean over the batch; got {kind}.")
