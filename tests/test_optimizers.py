@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,7 @@ from torch.optim import (
 )
 from torch.optim.optimizer import _use_grad_for_differentiable
 
+from lightning_adalfl import AdaLFLConfig, MetaLearner
 from lightning_adalfl.learning import BaseStep, hypergradient
 from lightning_adalfl.learning.optimizer_vjp import (
     _SGD,
@@ -258,8 +260,8 @@ def test_exact_ways_refuse_them(kind: Any, method: str, resumed: bool) -> None:
     [
         (LBFGS, "evaluates the loss several times and is no function of one gradient"),
         # A difference of two such steps would be silently wrong, since their derivative is not its own transpose.
-        (Adafactor, "mixes the elements of a gradient"),
-        (Muon, "mixes the elements of a gradient"),
+        (type("MyAdafactor", (Adafactor,), {}), "mixes the elements of a gradient, and may be another than torch's"),
+        (type("MyMuon", (Muon,), {}), "mixes the elements of a gradient, and may be another than torch's"),
         (SparseAdam, "takes sparse gradients"),
     ],
 )
@@ -267,6 +269,66 @@ def test_no_way_sees_through(kind: Any, reason: str, method: str) -> None:
     model = nn.Linear(INPUTS, 4, bias=False)
     with pytest.raises(OptimizerError, match=f"`optimizer` is {kind.__name__}, whose step {reason}; use SGD, Adam"):
         BaseStep(model, kind(model.parameters(), lr=0.1), jvp=method)
+
+
+MATRIX_STEPS: list[tuple[Any, dict[str, Any]]] = [
+    (Muon, {"lr": 0.1}),
+    (Muon, {"lr": 0.1, "nesterov": False, "momentum": 0.5, "adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.0}),
+    (Adafactor, {"lr": 0.1}),
+    (Adafactor, {"lr": 0.1, "d": 1.0, "beta2_decay": -0.3, "weight_decay": 0.2, "maximize": True}),
+]
+
+
+@pytest.mark.parametrize("warm", [0, 3])
+@pytest.mark.parametrize("shape", [(3, 5), (6, 2)])
+@pytest.mark.parametrize(("kind", "options"), MATRIX_STEPS)
+def test_steps_that_mix_elements_as_functions_of_the_gradient(kind: Any, options: Any, shape: Any, warm: int) -> None:
+    """What is added to θ is what torch's step adds, to Muon's own rounding; u by central differences."""
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p, shapes = nn.Parameter(draw(shape)), [shape, (4,)] if kind is Adafactor else [shape]
+    parameters = [p, *(nn.Parameter(draw(s)) for s in shapes[1:])]
+    optimizer = kind(parameters, **options)
+    for _ in range(warm):
+        for q in parameters:
+            q.grad = draw(q.shape)
+        optimizer.step()
+    way = optimizer_vjp(optimizer)(optimizer, parameters)
+    for i, q in enumerate(parameters):
+        before, g, v = q.detach().clone(), draw(q.shape), draw(q.shape)
+
+        def change(gradient: Tensor, i: int = i, before: Tensor = before) -> Tensor:
+            return way._change(before, gradient, way._states[i], way._groups[i])
+
+        factor, (u,) = way([i], [before], [g], [v])
+        size, e = 1e-5, torch.zeros_like(g)
+        for place in range(g.numel()):
+            e.view(-1)[place] = size
+            slope = ((change(g + e) - change(g - e)) * v).sum() / (2 * size)
+            torch.testing.assert_close(factor * u.view(-1)[place], slope, rtol=1e-6, atol=1e-9)
+            e.zero_()
+        for other in parameters:
+            other.grad = g if other is q else None
+        optimizer.step()
+        rounding = 2e-2 if kind is Muon else 1e-10
+        torch.testing.assert_close(q.detach() - before, change(g), rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize(("kind", "options"), MATRIX_STEPS)
+def test_they_learn(kind: Any, options: Any) -> None:
+    model = nn.Sequential(nn.Linear(INPUTS, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False)).double()
+    learner = MetaLearner(AdaLFLConfig("multiclass", meta_every=1))
+    step = learner.new_base_step(model, kind(model.parameters(), **options))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        (x, y), held_out = vectors(generator), itertools.repeat(vectors(generator))
+        f, target = step.forward((x, y))
+        step.optimizer.zero_grad()
+        step.descend(learner.objective, F.cross_entropy(f, target)).backward()
+        step.step()
+        learner.end_base_step(step, held_out)
+    assert learner.meta_steps == 3
+    assert float(learner.scalars["adalfl/meta_grad_norm"]) > 0
+    assert float(learner.skipped) == 0
 
 
 # Clipping.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lightning_adalfl.learning.matrix_steps import CHANGES
 from lightning_adalfl.learning.shadow_optimizer import ShadowOptimizer, check_optimizer, has_differentiable_step
 
 
@@ -59,8 +60,10 @@ def optimizer_vjp(optimizer: Optimizer, is_exact: bool = True) -> type[Optimizer
     Raises:
         OptimizerError: If there is none.
     """
-    check_optimizer(optimizer, is_exact)
     # Exact types, since a subclass may step differently.
+    if type(optimizer) in CHANGES:
+        return _MatrixStep
+    check_optimizer(optimizer, is_exact)
     if type(optimizer) is SGD:
         return _SGD
     is_plain = not any(group.get("amsgrad") or group.get("maximize") for group in optimizer.param_groups)
@@ -96,6 +99,29 @@ class _SGD(OptimizerVJP):
         if len(set(slopes)) == 1:
             return slopes[0], list(vector)
         return 1.0, list(torch._foreach_mul(list(vector), slopes))
+
+
+class _MatrixStep(OptimizerVJP):
+    """By autograd, through the step written as a function of the gradient."""
+
+    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+        super().__init__(optimizer, parameters)
+        self._change = CHANGES[type(optimizer)]
+        groups = {id(p): {**group, "params": []} for group in optimizer.param_groups for p in group["params"]}
+        self._groups = [groups[id(p)] for p in self.parameters]
+        states = [optimizer.state.get(p, {}) for p in self.parameters]
+        self._states = [{k: t.clone() if isinstance(t, Tensor) else t for k, t in s.items()} for s in states]
+
+    def __call__(
+        self, active: Sequence[int], before: Sequence[Tensor], gradients: Sequence[Tensor], vector: Sequence[Tensor]
+    ) -> tuple[float, list[Tensor]]:
+        found = []
+        for i, p, g, v in zip(active, before, gradients, vector):
+            g = g.detach().to(torch.promote_types(g.dtype, torch.float32)).requires_grad_()
+            with torch.enable_grad():
+                change = self._change(p.detach().to(g.dtype), g, self._states[i], self._groups[i])
+            found.append(torch.autograd.grad(change, g, v.to(g.dtype))[0].to(v.dtype))
+        return 1.0, found
 
 
 class _Adam(OptimizerVJP):

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 # State that counts steps and depends on no gradient.
 COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
 
-DIFFERENTIABLE_OPTIMIZERS = "SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adadelta, Adamax, ASGD or Rprop"
+DIFFERENTIABLE_OPTIMIZERS = (
+    "SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adadelta, Adamax, ASGD, Rprop, Muon or Adafactor"
+)
 
 
 class OptimizerError(ValueError):
@@ -25,8 +27,8 @@ class OptimizerError(ValueError):
 # Optimizers of torch that no method sees through, and why.
 _OPAQUE = {
     "LBFGS": "evaluates the loss several times and is no function of one gradient",
-    "Adafactor": "mixes the elements of a gradient",
-    "Muon": "mixes the elements of a gradient",
+    "Adafactor": "mixes the elements of a gradient, and may be another than torch's",
+    "Muon": "mixes the elements of a gradient, and may be another than torch's",
     "SparseAdam": "takes sparse gradients",
 }
 
