@@ -168,7 +168,7 @@ def gold_loss_correction(run: Run) -> None:
     """Train with the confusions between classes that trusted rows show (Hendrycks et al., 2018).
 
     A first model, trained on the training rows for as long, gives the table: its mean prediction for the trusted rows
-    of each class. The second one's predictions are multiplied by it for training rows, and stand as they are for trusted.
+    of each class. The second one's predictions are multiplied by it for training rows, and left for trusted ones.
     """
     first, state = run.task.build(), torch.get_rng_state()
     optimizer = run.task.optimizer(first.parameters())
