@@ -1,0 +1,99 @@
+"""The comparison on contaminated targets: every method trains, sweeps resume, tables come from the records."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import regret
+import regret_report
+import torch
+from contaminated_tasks import TASKS, friedman, shifted, trusted_rows
+from regret import Job, jobs, run
+from rivals import METHODS, generalised_cross_entropy
+
+FEW = {"seed": 0, "steps": 25}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", ["friedman1_up", "mnist5k_next"])
+def test_every_method_trains_from_the_same_model(task: str, method: str) -> None:
+    if not METHODS[method].fits(TASKS[task]):
+        assert not [job for job in jobs([task], [method], [0.05], [0], None)]
+        return
+    record = run(Job(task, method, 0.05, **FEW))
+    assert record["curve"]["step"] == list(range(1, 26))
+    assert all(math.isfinite(error) for error in record["curve"]["test"])
+    assert record["test"] != run(Job(task, method, 0.05, seed=1, steps=1))["test"]
+
+
+def test_a_run_repeats_and_the_library_begins_as_the_own_loss() -> None:
+    """Its first meta step follows the tenth base step, so that the first ten are the own loss's to the bit."""
+    ours, again, own = (run(Job("friedman1_up", name, 0.05, **FEW)) for name in ("ours", "ours", "own"))
+    assert ours["curve"] == again["curve"]
+    assert ours["curve"]["test"][:10] == own["curve"]["test"][:10]
+    assert ours["curve"]["test"][10:] != own["curve"]["test"][10:]
+
+
+def test_what_is_wrong_and_what_is_trusted() -> None:
+    data = friedman(1, 0, shifted)
+    _, y = data.train
+    assert (len(y), len(data.trusted[1]), len(data.test[1])) == (3000, 600, 2000)
+    assert 0 <= data.trusted[1].min() <= data.trusted[1].max() < 1.2
+    assert 0.2 < (y > 1.2).float().mean() < 0.35
+    few = trusted_rows(TASKS["friedman1_up"], data, 0.01)
+    assert torch.equal(few[1], data.trusted[1][:30])
+    with pytest.raises(ValueError, match=r"`fraction` must lie in .*; got 0.5"):
+        trusted_rows(TASKS["friedman1_up"], data, 0.5)
+    labels, right = TASKS["mnist5k_next"].draw(0).train[1], TASKS["mnist5k_tail"].draw(0).trusted[1][:10]
+    assert len(labels) == 3000
+    assert sorted(right.tolist()) == list(range(10))
+
+
+def test_the_robust_loss_is_between_absolute_error_and_cross_entropy() -> None:
+    logits, target = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([1])
+    p = logits.softmax(1)[0, 1]
+    assert float(generalised_cross_entropy(logits, target)) == pytest.approx(float((1 - p**0.7) / 0.7), rel=1e-5)
+
+
+def test_a_sweep_resumes_and_its_tables_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("friedman1_up", "friedman2_absolute"):  # one task of each kind of table, cut short
+        monkeypatch.setitem(TASKS, name, _shortened(TASKS[name]))
+    arguments = ["--tasks", "friedman1_up", "--records", str(tmp_path), "--seeds", "0"]
+    regret.main([*arguments, "--methods", "own"])
+    first = (tmp_path / "friedman1_up.jsonl").read_text()
+    regret.main([*arguments, "--methods", "own", "ours", "pinball_told", "added"])
+    text = (tmp_path / "friedman1_up.jsonl").read_text()
+    assert text.startswith(first), "what is there is not run again"
+    assert len(text.splitlines()) == 4
+    assert json.loads(first)["method"] == "own"
+    capsys.readouterr()
+
+    monkeypatch.setattr(regret_report, "RECORDS", tmp_path)
+    runs = regret_report.Runs(regret_report.all_records(tmp_path))
+    table = "\n".join(regret_report.regret(runs, 0.05))
+    assert "| the library's defaults |" in table
+    assert "| own loss, stopped early |" in table
+    ratios = regret_report.ratios({"own": 4.0, "ours": 2.0, "pinball_told": 1.0})
+    assert ratios == {"own": 2.0, "ours": 1.0, "pinball_told": 0.5}, "who is told has no part in the best"
+    page = "before\n<!-- regret 0.05 -->\nof old\n<!-- end of regret 0.05 -->\nafter"
+    written = regret_report.page(page, runs)
+    assert "of old" not in written
+    assert table in written
+    with pytest.raises(ValueError, match=r"the page has no .* after"):
+        regret_report.page("<!-- clean -->", runs)
+
+
+def test_the_page_is_what_the_records_say() -> None:
+    runs = regret_report.Runs(regret_report.all_records())
+    text = regret_report.PAGE.read_text()
+    assert regret_report.page(text, runs) == text
+
+
+def _shortened(task: Any) -> Any:
+    return type(task)(**{**vars(task), "steps": 12})
