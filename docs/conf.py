@@ -1,11 +1,6 @@
 """How the documentation is built: ``sphinx-build -W --keep-going docs docs/_build``."""
 
-from pygments.lexers.special import TextLexer
-from sphinx.highlighting import lexers
-
 from lightning_adalfl import __version__
-
-lexers["mermaid"] = TextLexer()  # drawn where the pages are read in a repository, shown as text on the site
 
 project = "lightning_adalfl"
 author = "The lightning_adalfl developers"
@@ -16,6 +11,8 @@ myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "lightning_adalfl"
+html_static_path = ["_static"]
+html_css_files = ["cards.css"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_default_options = {"members": True}

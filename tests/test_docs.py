@@ -23,7 +23,8 @@ from lightning_adalfl.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+TEMPLATES = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), *TEMPLATES]
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text())]
@@ -171,17 +172,17 @@ def test_the_files_that_the_architecture_names_exist() -> None:
         assert (structure.PACKAGE / f"{name}.py").exists(), name
 
 
-def test_every_room_is_in_the_picture_with_the_arrows_that_the_code_has() -> None:
-    text = (DOCS / "architecture.md").read_text()
-    picture = re.search(r"```\{?mermaid\}?\n(.*?)```", text, re.DOTALL)
-    assert picture is not None
-    drawn = {tuple(arrow) for arrow in re.findall(r"^\s*(\w+)(?:\[[^\]]*\])? --> (\w+)", picture[1], re.MULTILINE)}
+def test_every_room_is_in_the_picture_and_in_the_table_with_the_arrows_that_the_code_has() -> None:
+    text = (DOCS / "architecture.md").read_text().split("## The rooms")[1].split("\n## ")[0]
+    picture = text.split("```text\n")[1].split("```")[0]
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\w, ]+) \|$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == structure.ROOMS
+    said = {(name, other) for name, others in rows[1:] for other in others.split(", ") if others != "nothing"}
     room = structure.room
     found = {(room(a), room(b)) for a, others in structure.GRAPH.items() for b in others if room(a) != room(b)}
-    found = {(a, b) for a, b in found if a != "__init__"}
-    assert drawn == {(a.strip("_"), b.strip("_")) for a, b in found}
-    for name in structure.ROOMS:
-        assert re.search(rf"^\| `{name}(\.py|/)?` \|", text, re.MULTILINE), name
+    assert said == {(a, b) for a, b in found if a != "__init__"}
+    for name in structure.ROOMS[1:]:
+        assert re.search(rf"\b{name}\b", picture), name
 
 
 class WithAdam(Smooth):
