@@ -90,6 +90,23 @@ def test_tests_that_a_page_names_exist(page: Path) -> None:
         assert not name or re.search(rf"^(def|class) {name}\b", path.read_text(), re.MULTILINE), f"{file}::{name}"
 
 
+def test_the_figures_of_the_readme_are_those_of_the_comparison() -> None:
+    table = (DOCS / "contaminated.md").read_text().split("<!-- regret 0.05 -->")[1].split("<!-- end of")[0]
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| ([\d.]+) / ([\d.]+) \| ([\d.]+) / ([\d.]+) \|$", table, re.MULTILINE)
+    known = {name: values for name, *values in rows}
+    readme = (ROOT / "README.md").read_text().split("## What is it worth?")[1].split("\n## ")[0]
+    said = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    assert len(said) == 6
+    for name, *values in said:
+        assert known[name][2:] == values, name
+    text = " ".join(readme.split())
+    for name, words in (
+        ("robust loss, fine-tuned on trusted rows", "{} and {}"),
+        ("the library's defaults", "library {} and {}"),
+    ):
+        assert words.format(*known[name][:2]) in text, name
+
+
 def test_each_promise_names_the_test_that_holds_it() -> None:
     promises = (ROOT / "README.md").read_text().split("## Three promises")[1].split("\n## ")[0]
     assert len(list(named_tests(promises))) == len(re.findall(r"^\d\. ", promises, re.MULTILINE)) == 3

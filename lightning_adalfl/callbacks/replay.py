@@ -15,7 +15,7 @@ Callback: Any = lightning().Callback
 
 
 class LossReplay(Callback):
-    """Trains with the losses of another run, at the cost of ordinary training.
+    """Trains with the losses of another run, without meta steps and without held-out data.
 
     Before each base step φ is set to what it was in that run, by linear interpolation between its snapshots. There is
     no meta step, so the configuration needs ``meta_every=None``; an offline phase is passed over. The base model and
