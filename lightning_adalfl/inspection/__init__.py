@@ -1,5 +1,6 @@
 """What came of it: the shape of a learned loss, its history, figures and words; no trainer is needed."""
 
+from lightning_adalfl.inspection.doctor import diagnose
 from lightning_adalfl.inspection.figures import plot_heatmap, plot_history, plot_images, plot_influence
 from lightning_adalfl.inspection.history import LossHistory, read
 from lightning_adalfl.inspection.influence import InfluenceTable
@@ -12,6 +13,7 @@ __all__ = [
     "LossPath",
     "LossReport",
     "LossShape",
+    "diagnose",
     "loss_shape",
     "plot_heatmap",
     "plot_history",

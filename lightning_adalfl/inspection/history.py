@@ -237,7 +237,12 @@ def read(path: PathLike, is_added: bool = True) -> LossHistory:
     return _of_one(0, LearnedLoss.load(name), is_added) if kind_of(name) == LOSS_KIND else LossHistory.load(name)
 
 
-def _from_checkpoint(path: str) -> LossHistory:
+def learner_state(path: str) -> dict[str, Any]:
+    """Return what a checkpoint holds of its learner, as tensors and plain values.
+
+    Raises:
+        ValueError: If it cannot be read, or there is no such entry.
+    """
     try:
         is_local = os.path.isfile(path)
         with fsspec.open(path, "rb") as file:
@@ -249,17 +254,22 @@ def _from_checkpoint(path: str) -> LossHistory:
             "give a checkpoint that loads with `weights_only=True`."
         ) from error
     try:
-        state = checkpoint["adalfl"]["learner"]
-        description, phi, config = state["loss"], state["phi"], state["config"]
-        step, is_added = int(state["base_steps"]), bool(config["own_loss"])
+        state = dict(checkpoint["adalfl"]["learner"])
+        int(state["base_steps"]), bool(state["config"]["own_loss"]), state["loss"], state["phi"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"cannot read {path}: it has no learned loss; give a checkpoint of a module with AdaLFLMixin."
         ) from error
-    if description is None:
-        raise ValueError(f"cannot read {path}: no loss was learned with `learn={config.get('learn')!r}`.")
+    return state
+
+
+def _from_checkpoint(path: str) -> LossHistory:
+    state = learner_state(path)
+    if state["loss"] is None:
+        raise ValueError(f"cannot read {path}: no loss was learned with `learn={state['config'].get('learn')!r}`.")
     try:
-        return _of_one(step, LearnedLoss.rebuild(description, phi), is_added)
+        loss = LearnedLoss.rebuild(state["loss"], state["phi"])
+        return _of_one(int(state["base_steps"]), loss, bool(state["config"]["own_loss"]))
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
