@@ -19,8 +19,8 @@ def check_trainer(trainer: Any) -> None:
     is_known = is_a(strategy, "SingleDeviceStrategy", "DDPStrategy") and not is_a(strategy, "DeepSpeedStrategy")
     if not is_known:
         raise ValueError(
-            f"AdaLFL does not work with {type(strategy).__name__}: the hypergradient needs every parameter whole on "
-            "each device. Use one device or `Trainer(strategy='ddp')`."
+            f"`strategy` is {type(strategy).__name__}, and the hypergradient needs every parameter whole on each "
+            "device. Use `Trainer(strategy='ddp')`, or a module that fits one device."
         )
 
 
