@@ -669,7 +669,7 @@ class Drifting(nn.Module):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_forward_that_does_not_repeat_is_refused(method: str) -> None:
-    with pytest.raises(ValueError, match=r"gives another result when it is run again, .*or set `learn='nothing'`"):
+    with pytest.raises(ValueError, match=r"gives another result when it is run again, .*Or set `meta_every=None`"):
         Problem(model=Drifting).by_engine(method)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import random
@@ -32,7 +33,8 @@ from projects import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_adalfl import AdaLFLMixin
+from lightning_adalfl import AdaLFLMixin, LossNetwork
+from lightning_adalfl.losses import Descent
 
 
 def fit(tmp_path: Any, module: Any, **options: Any) -> Any:
@@ -488,3 +490,21 @@ def test_one_seed_draws_the_same_with_the_mixin_and_without(tmp_path: Any, optio
     assert_same(drawn[0][0], drawn[1][0])
     assert drawn[0][1] == drawn[1][1]
     assert drawn[0][2] == drawn[1][2] == 12
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("every", [1, 4, None])
+def test_steps_leave_nothing_behind(tmp_path: Any, every: int | None, accumulate: int) -> None:
+    """What hangs on the graph of a step holds the graph, and no garbage collector sees that."""
+    alive: list[int] = []
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            gc.collect()
+            alive.append(sum(issubclass(type(thing), Descent) for thing in gc.get_objects()))
+
+    given = LossNetwork("multiclass", bias=True, sees_classes=True)
+    module = make(Ada, adalfl=config(meta_every=every, loss=given))
+    trainer(tmp_path, max_epochs=2, accumulate_grad_batches=accumulate, callbacks=[Count()]).fit(module, *loaders())
+    assert len(alive) == 12
+    assert max(alive) <= alive[0] + 2 * accumulate

@@ -68,6 +68,7 @@ class OnlineRun:
         self._clipped: list[Tensor] | None = None
         self._rates: list[Any] = []
         self._others: list[tuple[Tensor, Tensor]] = []
+        self._unrecorded: list[Descent] = []
         self._is_checked = self._is_evaluated = False
         broadcast(learner, self.trainer)
         self._handles = [
@@ -80,7 +81,14 @@ class OnlineRun:
         for handle in self._handles:
             handle.remove()
         self.base_step.clear()
+        self._release()
         self._observer.end()
+
+    def _release(self) -> None:
+        # Its hooks hang on the graph, and the graph on it, which no garbage collector sees through.
+        for descent in self._unrecorded:
+            descent.release()
+        self._unrecorded = []
 
     def _refresh(self) -> None:
         """Make what looks into the module: its parts, and what the optimizer trains of them."""
@@ -125,6 +133,7 @@ class OnlineRun:
 
     def _begin(self) -> JacobianProduct | None:
         """Make ready for a training step; return the way in which its forward will be evaluated again, if it will."""
+        self._release()
         step = self.base_step
         # Of a step that ended in an error, nothing is left to go backward from.
         step.forwards = [f for f in step.forwards if f.descent is not None and f.descent.scale is not None]
@@ -144,7 +153,9 @@ class OnlineRun:
             self.learner.check(found.predicted)
             self._is_checked = True
         descent = self.learner.objective.descend(loss, found.predicted)
-        if found.recorded is not None:
+        if found.recorded is None:
+            self._unrecorded.append(descent)
+        else:
             self.base_step.forwards.append(
                 BaseForward(found.recorded, found.predicted, descent, instances=self.instances)
             )
