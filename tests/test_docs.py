@@ -69,7 +69,7 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_and_commands_that_a_page_names_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = page.read_text()
-    for path in re.findall(r"`?(examples/[\w/]+(?:\.py)?)", text):
+    for path in re.findall(r"`?(examples/[\w/]+(?:\.(?:py|ipynb))?)", text):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
     for command in set(re.findall(r"python -m lightning_adalfl (\w+)", text)):
         with pytest.raises(SystemExit) as ended:
