@@ -35,16 +35,17 @@ class AdaLFLConfig:
         ignore_index: The class index that stands for "no target". Set it where your criterion has one.
         loss: What is learned: ``"network"``, or another preset's name (``"paper"``, ``"ml3"``, ``"taylor_cubic"``,
             ...); the file of a learned loss; or a :class:`LearnedLoss`. Set it to go on with what another run has
-            learned.
+            learned; a preset begins without effect.
         own_loss: Whether your own loss is descended, with its slope bent by the learned one; ``False`` descends the
-            learned loss alone, as the paper does.
+            learned loss alone, as the paper does, which may diverge.
         learn: ``"loss"``, the shape alone; ``"lr"``, the learning rate alone (MetaLR); ``"both"``; or ``"nothing"``, to
             watch influence. Set it to ``"both"`` where you have not tuned the rate.
         meta_lr: η, the learning rate of φ, for each base step. Lower it where the end of training is behind its best.
         lr_meta_lr: The learning rate of the logarithm of α, for each base step.
         meta_optimizer: A class of ``torch.optim`` by its name; rarely to be changed.
         meta_every: A meta step after every this many base steps, which moves φ as many times. 1 costs 2.7 times
-            ordinary training, 10 costs 1.2. ``None`` for no meta step: a fixed loss, or ML³ after an offline phase.
+            ordinary training by arithmetic, 10 costs 1.2; small models cost more. ``None`` for no meta step: a fixed
+            loss, or ML³ after an offline phase.
         meta_data: The held-out data of the meta-objective: ``"val"``, ``"train"``, the index of one of several
             validation loaders, or a loader. Set it where the validation data have another use.
         meta_batch_size: Instances in a meta batch; by default as many as in a training batch.

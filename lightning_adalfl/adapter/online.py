@@ -35,8 +35,8 @@ class OnlineRun:
         meta_loader: Makes the loader of held-out batches.
 
     Attributes:
-        watch: Called at each meta step, where somebody looks on.
-        instances: What that one knows the instances of the batch by that comes next.
+        watch: What a callback wants to be called at each meta step; ``None`` for nothing.
+        instances: The indices of the instances of the coming batch, if a callback wants them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What looks on at a run needs of it, taken without a part in its random numbers, modes and buffers."""
+"""What a callback that watches a run needs of it, without a change to its random numbers, modes and buffers."""
 
 from __future__ import annotations
 

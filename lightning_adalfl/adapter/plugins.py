@@ -66,7 +66,7 @@ def own_scale(trainer: Any) -> Tensor | float:
 
 
 class LossScale:
-    """The factor on the task loss against underflow of its gradient; one where the Trainer has no gradient scaler.
+    """The factor on the task loss against underflow of its gradient; 1.0 where the Trainer has no gradient scaler.
 
     The scaler's own factor fits the user's loss, whose gradient may differ from the task loss's by orders of
     magnitude, so this one is found in the same way from the gradients that it is for: sixteen times smaller after an
