@@ -18,7 +18,6 @@ from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
-    ModelParallelStrategy,
     SingleDeviceStrategy,
 )
 from projects import Ada, Smooth, assert_same, config, make
@@ -131,12 +130,12 @@ def test_what_a_spawned_process_has_learned_comes_back(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
 def test_strategies_that_split_parameters_are_refused_by_name(strategy: Any) -> None:
     # Without its constructor, which may need a package; it is a kind of DDP all the same.
     made = strategy.__new__(strategy)
     with pytest.raises(ValueError, match=f"`strategy` is {strategy.__name__},.*strategy='ddp'.*fits one device"):
-        check_trainer(SimpleNamespace(strategy=made))
+        check_trainer(SimpleNamespace(strategy=made), None)
     module = make(Ada, adalfl=config())
     module.trainer = SimpleNamespace(strategy=made)
     with pytest.raises(ValueError, match="needs every parameter whole on each device"):
@@ -144,5 +143,5 @@ def test_strategies_that_split_parameters_are_refused_by_name(strategy: Any) -> 
 
 
 def test_one_device_and_ddp_are_accepted() -> None:
-    check_trainer(SimpleNamespace(strategy=DDPStrategy()))
-    check_trainer(SimpleNamespace(strategy=SingleDeviceStrategy("cpu")))
+    check_trainer(SimpleNamespace(strategy=DDPStrategy()), None)
+    check_trainer(SimpleNamespace(strategy=SingleDeviceStrategy("cpu")), None)

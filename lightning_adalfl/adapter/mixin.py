@@ -145,7 +145,7 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
         if stage == "fit":
             self._adalfl_close()
             self._adalfl_learner()
-            check_trainer(self.trainer)
+            check_trainer(self.trainer, self)
 
     def on_fit_start(self) -> None:
         """Run the offline phase, where a callback asks for one."""

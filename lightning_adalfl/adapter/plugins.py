@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_adalfl.adapter.lightning_private import is_own
 from lightning_adalfl.learning.meta_learner import MetaLearner
 from lightning_adalfl.learning.optimizer_vjp import ClipByNorm, ClipByValue, Clipping
+from lightning_adalfl.learning.torch_private import is_sharded
 
 _INITIAL = 2.0**16
 _GROWTH_INTERVAL = 2000
@@ -33,6 +34,7 @@ def mean_over_processes(trainer: Any) -> Callable[[list[Tensor]], None] | None:
         return None
 
     def all_reduce(tensors: list[Tensor]) -> None:
+        tensors = [t for t in tensors if not is_sharded(t)]  # whose gradients are averaged where they are scattered
         if not tensors:
             return
         # The widest precision among them, and never less than single, for one flat buffer.

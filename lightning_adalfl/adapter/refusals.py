@@ -13,14 +13,34 @@ from lightning_adalfl.learning.meta_learner import MetaLearner
 from lightning_adalfl.learning.recorded_forward import Predict
 
 
-def check_trainer(trainer: Any) -> None:
-    """Raise a ``ValueError`` unless the Trainer's strategy keeps whole parameters on every device."""
+def check_trainer(trainer: Any, module: Any) -> None:
+    """Raise a ``ValueError`` unless a hypergradient can be computed under the Trainer's strategy."""
     strategy = trainer.strategy
-    is_known = is_a(strategy, "SingleDeviceStrategy", "DDPStrategy") and not is_a(strategy, "DeepSpeedStrategy")
-    if not is_known:
+    remedy = "Use `Trainer(strategy='ddp')`, or a module that fits one device."
+    if is_a(strategy, "ModelParallelStrategy"):
+        _check_sharded(strategy, module, remedy)
+    elif not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy") or is_a(strategy, "DeepSpeedStrategy"):
         raise ValueError(
             f"`strategy` is {type(strategy).__name__}, and the hypergradient needs every parameter whole on each "
-            "device. Use `Trainer(strategy='ddp')`, or a module that fits one device."
+            f"device, or sharded by `fully_shard` under ModelParallelStrategy. {remedy}"
+        )
+
+
+def _check_sharded(strategy: Any, module: Any, remedy: str) -> None:
+    config, callbacks = module.adalfl.config, module.trainer.callbacks
+    known = {
+        f"hypergradient={config.hypergradient!r}": config.hypergradient == "finite_difference",
+        f"learn={config.learn!r}": not config.learns_lr,
+        "an offline phase": not any(is_a(callback, "AdaLFLInit") for callback in callbacks),
+        "manual optimization": module.automatic_optimization,
+        "tensor parallelism": strategy.device_mesh["tensor_parallel"].size() == 1,
+    }
+    refused = [name for name, is_right in known.items() if not is_right]
+    if refused:
+        raise ValueError(
+            f"`strategy` is {type(strategy).__name__}, which works with `fully_shard`, "
+            "`hypergradient='finite_difference'` and `learn='loss'` in automatic optimization without an offline "
+            f"phase; got {', '.join(refused)}. {remedy}"
         )
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adalfl.learning.forward_mode import ForwardMode
-from lightning_adalfl.learning.jvp import DoubleBackward, FiniteDifference, JacobianProduct
+from lightning_adalfl.learning.jvp import DoubleBackward, FiniteDifference, JacobianProduct, ShardedModel
 from lightning_adalfl.learning.optimizer_vjp import Clipping, OptimizerVJP, optimizer_vjp
 from lightning_adalfl.learning.recorded_forward import Model, Predict, RecordedForward
 from lightning_adalfl.learning.shadow_optimizer import steps_as_torch
+from lightning_adalfl.learning.torch_private import here, is_sharded
 from lightning_adalfl.losses.descent import Descent, Predicted
 from lightning_adalfl.losses.training_objective import BatchLoss, TrainingObjective
 
@@ -100,7 +101,16 @@ class BaseStep:
         if not self.parameters:
             raise ValueError("`optimizer` holds no parameter that requires a gradient; unfreeze a part of the model.")
         self.module = model
-        self.model = Model(model, self.parameters, predict or _first_and_second(model))
+        sharded = [is_sharded(p) for p in self.parameters]
+        mixes = type(optimizer).__name__ in ("Muon", "Adafactor")
+        if any(sharded) and (mixes or not all(sharded) or not isinstance(self.jvp, FiniteDifference)):
+            raise ValueError(
+                "`optimizer` holds sharded parameters: apply `fully_shard` to all of the model, choose "
+                "`hypergradient='finite_difference'`, and an optimizer that steps each element by itself; got "
+                f"{sum(sharded)} of {len(sharded)} sharded, {type(self.jvp).__name__} and {type(optimizer).__name__}."
+            )
+        kind = ShardedModel if any(sharded) else Model
+        self.model = kind(model, self.parameters, predict or _first_and_second(model))
         self.device = self.parameters[0].device
         self.forwards: list[BaseForward] = []
         self.loss_scale: Tensor | float = 1.0
@@ -161,7 +171,7 @@ class BaseStep:
             # One buffer is kept over the steps: allocating it anew costs as much as filling it.
             if len(self.before) != len(self.parameters):
                 self.before = [torch.empty_like(p) for p in self.parameters]
-            torch._foreach_copy_(self.before, self.parameters)
+            torch._foreach_copy_(here(self.before), here(self.parameters))
         self._clipping = clipping
         self._vjp = self._make_vjp(self.optimizer, self.parameters)
 

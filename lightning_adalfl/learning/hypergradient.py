@@ -152,9 +152,9 @@ def _meta_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return L_T and ``v = ∇_θ L_T(y_v, f_{θ_{t+1}}(x_v))``: one ordinary forward and backward."""
 
-    def differentiated() -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def differentiated() -> tuple[Tensor, Sequence[Tensor | None]]:
         value = task_loss(*step.model.predict(meta_batch))
-        return value.detach(), torch.autograd.grad(value * loss_scale, step.parameters, allow_unused=True)
+        return value.detach(), step.model.gradients(value * loss_scale, step.parameters)
 
     # Compiled parts do not know swapped buffers: here they run as the Python that they were.
     with torch.enable_grad(), checkpoints_not_reentrant(), torch.compiler.set_stance("force_eager"):

@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_adalfl.learning.recorded_forward import Model, RecordedForward, Using
-from lightning_adalfl.learning.torch_private import checkpoints_run_through
+from lightning_adalfl.learning.recorded_forward import Model, Predict, RecordedForward, Using
+from lightning_adalfl.learning.torch_private import checkpoints_run_through, here, norm
 
+T = TypeVar("T")
 Then = Callable[[list[Tensor]], list[Tensor]]
 
 
@@ -121,9 +122,9 @@ class FiniteDifference(JacobianProduct):
     ) -> list[Tensor]:
         """Return the difference."""
         size = torch.finfo(forward.outputs[0].dtype).eps ** 0.5 if self.size is None else self.size
-        norm = torch.nn.utils.get_total_norm(direction)
+        length = norm(direction)
         # A zero direction has the derivative zero; the clamp keeps it from becoming 0/0.
-        step = size / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        step = size / length.clamp_min(torch.finfo(length.dtype).tiny)
         moved = torch._foreach_mul(list(direction), step)
         torch._foreach_add_(moved, list(before.values()))
         outputs = self._run(model, forward, dict(zip(before, moved)))
@@ -152,3 +153,46 @@ class DoubleBackward(JacobianProduct):
 
         with torch.enable_grad():
             return self._run(model, forward, values, twice_transposed)
+
+
+class ShardedModel(Model):
+    """A module under ``fully_shard``, whose hooks gather the parameters' own memory, and reduce ``.grad``."""
+
+    def __init__(self, module: nn.Module, parameters: Sequence[Tensor], predict: Predict) -> None:
+        self._parameters, self._module = list(parameters), module
+        super().__init__(module, parameters, predict)
+        part: Any
+        for part in module.modules():
+            if hasattr(part, "set_reshard_after_forward"):
+                # The outermost keeps what it has gathered; a forward at other values would not see them.
+                part.set_reshard_after_forward(True, recurse=False)
+
+    def run(
+        self, function: Callable[[], T], buffers: Mapping[str, Tensor], values: Mapping[int, Tensor] | None = None
+    ) -> T:
+        """Run it with values of θ put into the parameters, and back."""
+        chosen = [] if values is None else here([self._parameters[i] for i in values])
+        now = [p.detach().clone() for p in chosen]
+        try:
+            _fill(chosen, here([] if values is None else list(values.values())))
+            return super().run(function, buffers)
+        finally:
+            _fill(chosen, now)
+
+    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Return the gradients, averaged over processes as those of a base step."""
+        known = [(p, p.grad) for p in self._module.parameters()]
+        for p, _ in known:
+            p.grad = None
+        try:
+            loss.backward()
+            return [p.grad for p in parameters]
+        finally:
+            for p, gradient in known:
+                p.grad = gradient
+
+
+@torch.no_grad()
+def _fill(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values):
+        tensor.copy_(value)

@@ -17,6 +17,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_adalfl.learning.matrix_steps import CHANGES
 from lightning_adalfl.learning.shadow_optimizer import ShadowOptimizer, check_optimizer, has_differentiable_step
+from lightning_adalfl.learning.torch_private import dot
 
 
 class OptimizerVJP(ABC):
@@ -242,8 +243,7 @@ class ClipByNorm(Clipping):
         """Return ``s (w - ĝ ⟨ĝ, w⟩ / (s² ‖g‖ (‖g‖ + 1e-6)))`` with ``s = c / (‖g‖ + 1e-6)``, or w."""
         norm = self.total_norm
         factor = self.max_norm / (norm + 1e-6)
-        dot = torch.stack([torch.sum(g * w) for g, w in zip(clipped, vector)]).sum()
-        slope = dot / (factor**2 * norm * (norm + 1e-6))
+        slope = dot(clipped, vector) / (factor**2 * norm * (norm + 1e-6))
         active = factor < 1.0
         slope = torch.where(active, slope, torch.zeros_like(slope))
         factor = torch.where(active, factor, torch.ones_like(factor))

@@ -149,7 +149,22 @@ def leaves_of_graph(tensor: Tensor) -> list[Tensor]:
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm over a list of tensors."""
-    return torch.nn.utils.get_total_norm(tensors)
+    return whole(torch.nn.utils.get_total_norm(tensors))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, of which each process holds a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """Return a tensor with the parts of all processes; all of them must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def here(tensors: Sequence[Any]) -> list[Tensor]:
+    """Return the parts of tensors that this process holds."""
+    return [t.to_local() if is_sharded(t) else t for t in tensors]
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
@@ -161,6 +176,8 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor], device: torch.device | None = 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     dtype = torch.promote_types(a.dtype, torch.float32)
+    if is_sharded(a):
+        return whole((a.to(dtype) * b.to(dtype)).sum())
     a, b = a.flatten().to(dtype), b.flatten().to(dtype)
     # torch's gradient by a complex parameter is that of both its parts.
     return torch.vdot(a, b).real if dtype.is_complex else torch.dot(a, b)
