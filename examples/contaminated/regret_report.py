@@ -168,7 +168,6 @@ def clean(runs: Runs) -> list[str]:
             ours = runs.errors(task, "ours", fraction)
             seeds = sorted(own.keys() & ours.keys())
             if not seeds:
-                lines.append(line([task, f"{fraction:.0%}", "0", *[NOT_RUN] * 4]))
                 continue
             unit = stdev(own[s] for s in seeds) if len(seeds) > 1 else math.nan
             differences = [(ours[s] - own[s]) / unit for s in seeds]
