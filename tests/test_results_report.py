@@ -143,6 +143,7 @@ def test_a_learning_curve_ends_where_a_run_diverged() -> None:
     lines = figure.axes[0].lines
     assert len(lines) == 2
     assert [int(np.isfinite(line.get_ydata()).sum()) for line in lines] == [2, 3]
+    assert all(axes.get_visible() == bool(axes.lines) for axes in figure.axes), "no empty panel"
 
 
 def test_a_learned_loss_is_drawn_less_its_value_at_the_correct_prediction() -> None:

@@ -29,7 +29,7 @@ def learning_curves(runs: Runs, rows: Sequence[str], methods: Sequence[str], qua
     columns = min(3, len(rows))
     height = -(-len(rows) // columns)
     figure = Figure(figsize=(3.6 * columns + 1.8, 3.0 * height + 0.3), dpi=110, layout="constrained")
-    panels = figure.subplots(height, columns, squeeze=False).flat
+    panels = list(figure.subplots(height, columns, squeeze=False).flat)
     handles: dict[str, Any] = {}
     for axes, row in zip(panels, rows):
         for index, method in enumerate(methods):
@@ -41,7 +41,7 @@ def learning_curves(runs: Runs, rows: Sequence[str], methods: Sequence[str], qua
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if _spans_little(axes) else NullFormatter())
         axes.tick_params(labelsize=8, which="both")
-    for axes in list(panels)[len(rows) :]:
+    for axes in panels[len(rows) :]:
         axes.set_visible(False)
     figure.supxlabel("base step", fontsize=10)
     figure.supylabel(QUANTITIES[quantity], fontsize=10)
