@@ -105,7 +105,7 @@ class AdaDigits(AdaLFLMixin, LitDigits):
 
 def main(arguments: list[str] | None = None) -> LightningCLI:
     """Run the command line."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*(not have many workers|LeafSpec).*")
     return LightningCLI(AdaDigits, Digits, args=arguments, seed_everything_default=0)
 
 

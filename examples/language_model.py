@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*(not have many workers|LeafSpec).*")
     train = DataLoader(write_texts(2000, args.mistyped, args.seed + 1), 32, shuffle=True)
     trusted = DataLoader(write_texts(100, 0.0, args.seed + 2), 100)
     test = DataLoader(write_texts(500, 0.0, args.seed + 3), 500)

@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*(not have many workers|LeafSpec).*")
     data = load_digits(args.mixed_up, args.trusted, args.seed)
     train, trusted, test = (DataLoader(rows, 64, shuffle=rows is data[0]) for rows in data)
 

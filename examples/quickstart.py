@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*(not have many workers|LeafSpec).*")
 
     columns = {}
     for title, flipped in (("labels as they are", 0.0), (f"{args.flipped:.0%} of the labels flipped", args.flipped)):

@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*(not have many workers|LeafSpec).*")
     train, trusted, test = load_rows(args.wrong, args.seed)
 
     def fit(kind: type[L.LightningModule], *callbacks: L.Callback, **options: Any) -> float:

@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--folder", type=Path, default=Path("lightning_logs"), help="where the history is kept")
     args = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*(not have many workers|LeafSpec).*")
 
     def fit(width: int, seed: int, how: str, *callbacks: L.Callback) -> float:
         train, trusted, test = load_rows(seed)

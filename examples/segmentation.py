@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*(not have many workers|LeafSpec).*")
     train = DataLoader(draw_images(512, args.overlooked, 3 * args.seed), 32, shuffle=True)
     trusted, test = (DataLoader(draw_images(64 + 192 * k, 0.0, 3 * args.seed + 1 + k), 256) for k in (0, 1))
 
