@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from processes import joined
 from projects import AdaSmooth, Keep, config, make, points, trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -38,13 +37,8 @@ def run(world_size: int, folder: Path, shuffle: bool, ckpt: Path | None = None) 
 
 
 if __name__ == "__main__":
-    rank, world_size, port = map(int, sys.argv[1:4])
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-    os.environ.update(WORLD_SIZE=str(world_size))
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[4])
+    rank, world_size, folder, _ = joined()
     tables = {"joint": run(world_size, folder / "joint", False), "whole": run(world_size, folder / "whole", True)}
     tables["resumed"] = run(world_size, folder / "resumed", True, folder / "whole" / "epoch=0.ckpt")
     for name, table in tables.items():
-        torch.save({k: t for k, t in vars(table).items() if k != "task"}, folder / f"{name}-{rank}.pt")
+        torch.save({k: t for k, t in vars(table).items() if isinstance(t, torch.Tensor)}, folder / f"{name}-{rank}.pt")

@@ -5,9 +5,6 @@ For each case it writes θ, φ and the gradients of the first step to ``folder/c
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from processes import joined
 from projects import AdaSmooth, Keep, Smooth, config, phi, points, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -114,12 +112,7 @@ def run(rank: int, world_size: int, folder: Path, case: str, ckpt: Path | None =
 
 
 if __name__ == "__main__":
-    rank, world_size, port = map(int, sys.argv[1:4])
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-    os.environ.update(WORLD_SIZE=str(world_size))
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[4])
-    for case in sys.argv[5:]:
+    rank, world_size, folder, cases = joined()
+    for case in cases:
         run(rank, world_size, folder, case)
     run(rank, world_size, folder, "plain", folder / "plain" / "epoch=1.ckpt")

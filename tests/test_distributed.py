@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -20,6 +18,7 @@ from lightning.pytorch.strategies import (
     FSDPStrategy,
     SingleDeviceStrategy,
 )
+from processes import in_two_processes
 from projects import Ada, Smooth, assert_same, config, make
 
 from lightning_adalfl.adapter.refusals import check_trainer
@@ -31,29 +30,7 @@ CASES = ["plain", "both", "unused", "static", "accumulated", "manual", "joint", 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train every case in the same two processes, since it is their start that takes time."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).parent / "ddp_run.py")]
-    # What `seed_everything` left behind in another test would seed both processes alike.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
-    environment["OMP_NUM_THREADS"] = "1"
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(port), str(folder), *CASES],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs):
-        assert process.returncode == 0, output
+    in_two_processes(Path(__file__).parent / "ddp_run.py", folder, *CASES)
     return folder
 
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
+from processes import in_two_processes, joined
 from projects import Smooth, adaptive, config, make, phi, points, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -80,19 +76,7 @@ def whole(tensor: Any) -> Tensor:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
-    environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, __file__, str(port), str(folder)]
-    processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0]
+    in_two_processes(__file__, folder)
     return folder
 
 
@@ -138,14 +122,10 @@ def test_what_is_not_known_of_shards_is_refused(options: Any, size: int, callbac
 
 
 if __name__ == "__main__":
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1], NODE_RANK="0", WORLD_SIZE="2")
-    os.environ["LOCAL_RANK"] = sys.argv[3]
-    rank = int(sys.argv[3])
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    rank, world_size, folder_of_both, _ = joined()
     for case in CASES:
         try:
-            saved = run(rank, 2, Path(sys.argv[2]), case)
+            saved = run(rank, world_size, folder_of_both, case)
         except ValueError as error:
             saved = {"error": str(error)}
-        torch.save(saved, Path(sys.argv[2]) / f"{case}-{rank}.pt")
+        torch.save(saved, folder_of_both / f"{case}-{rank}.pt")

@@ -117,7 +117,6 @@ def run(job: Job) -> Record:
         "test": training.curve["test"][-1],
         "seconds": round(seconds, 2),
         "curve": training.curve,
-        **training.notes,
     }
 
 

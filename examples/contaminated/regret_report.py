@@ -47,11 +47,6 @@ class Runs:
             found[record["seed"]] = math.inf if value is None else value
         return found
 
-    def seconds(self, task: str, method: str) -> float | None:
-        """Return the mean seconds of the runs."""
-        found = [record["seconds"] for record in self._found.get((task, method), [])]
-        return mean(found) if found else None
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print, write or check what the command line says."""

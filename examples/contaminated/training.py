@@ -30,7 +30,6 @@ class Run:
         model: The model, drawn from torch's global random state.
         optimizer: Of its parameters.
         curve: Steps, test errors, and by the names of the trusted rows their errors and losses.
-        notes: What a method wants to be kept in the record.
         looking: Seconds that the curve has taken.
     """
 
@@ -51,7 +50,6 @@ class Run:
         self.optimizer = task.optimizer(self.model.parameters())
         self.curve: dict[str, Any] = {"step": [], "test": []}
         self.curve |= {kind: {name: [] for name in validation} for kind in ("val", "val_loss")}
-        self.notes: dict[str, Any] = {}
         self.looking = 0.0
         self.step = 0
         self.keeps_best = False

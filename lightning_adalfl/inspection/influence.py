@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Hashable, Sequence
@@ -64,7 +65,7 @@ class InfluenceTable:
 
     def score(self) -> Values:
         """Return how likely each target is to be wrong, (N,): log odds, or the agreement; NaN for the unseen."""
-        odds, share = self._odds()
+        odds, share = self._odds
         return odds if share is None else odds + np.log(share / (1 - share))
 
     def label_quality(self) -> Values:
@@ -73,7 +74,7 @@ class InfluenceTable:
         It is what cleanlab calls ``label_quality``. Below 0.5 more speaks against a target than for it. Without
         held-out instances it is ``(1 - agreement) / 2``.
         """
-        odds, share = self._odds()
+        odds, share = self._odds
         quality = (1 - odds) / 2 if share is None else _sigmoid(-odds - np.log(share / (1 - share)))
         return np.where(np.isnan(quality), 1.0, quality)
 
@@ -138,6 +139,7 @@ class InfluenceTable:
         content, tensors = read_tensors(name, _KIND, _VERSION)
         return cls(content["task"], **tensors)
 
+    @functools.cached_property  # a table of a run that has ended is asked for it many times
     def _odds(self) -> tuple[Values, float | None]:
         """Return the log odds that a target is wrong if half of all are, and the share of wrong ones; or agreement.
 

@@ -138,16 +138,17 @@ class LossNetwork(LearnedLoss):
             fill = f"{self.weight_init}_" if name.endswith("weight") else "zeros_"
             getattr(nn.init, fill)(parameter)
 
-    def inputs(self, p: Tensor, y: Tensor) -> list[Tensor]:
-        """Return what the first layer sees of pairs, each of their shape: the prediction is the second."""
-        p, y = (p - self.center) / self.spread, (y - self.center) / self.spread
-        return [y, p, (p - y).abs(), (p - y).square()] if self.sees_error else [y, p]
+    def inputs(self, p: Tensor, y: Tensor) -> Tensor:
+        """Return what the first layer sees of pairs (R, C), of shape (R, C, inputs): target and prediction first."""
+        if self.task == "regression":
+            p, y = (p - self.center) / self.spread, (y - self.center) / self.spread
+        return torch.stack([y, p, (p - y).abs(), (p - y).square()] if self.sees_error else [y, p], dim=-1)
 
-    def inputs_by_prediction(self, p: Tensor, y: Tensor) -> list[Tensor]:
-        """Return the derivative of each of :meth:`inputs` by p, times the spread."""
-        p, y = (p - self.center) / self.spread, (y - self.center) / self.spread
+    def inputs_by_prediction(self, inputs: Tensor) -> Tensor:
+        """Return the derivative of what :meth:`inputs` returned by p, times the spread."""
+        y, p = inputs[..., 0], inputs[..., 1]
         zero, one = torch.zeros_like(p), torch.ones_like(p)
-        return [zero, one, (p - y).sign(), 2 * (p - y)] if self.sees_error else [zero, one]
+        return torch.stack([zero, one, (p - y).sign(), 2 * (p - y)] if self.sees_error else [zero, one], dim=-1)
 
     def start_at_zero(self) -> None:
         """Make the weights of the output zero."""
@@ -170,19 +171,18 @@ class LossNetwork(LearnedLoss):
     def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return ℓ_φ(y_i, f_i) element-wise; where the loss sees classes they are dimension 1."""
         p, y = rows_of(prediction), rows_of(target)
-        value = self.first(p, y)
+        value = self.first(self.inputs(p, y), y)
         for layer in self.linear[1:]:
             value = layer(self.between(value))
         return pairs_of(self.last(value).view_as(p), prediction) * (self.unit * self.spread)
 
-    def first(self, p: Tensor, y: Tensor) -> Tensor:
-        """Return the first layer's sums for pairs (R, C), of shape (R · C, width)."""
+    def first(self, inputs: Tensor, y: Tensor) -> Tensor:
+        """Return the first layer's sums for what it sees of pairs with targets (R, C), of shape (R · C, width)."""
         layer: nn.Linear = self.linear[0]  # type: ignore[assignment]
-        inputs = torch.stack(self.inputs(p, y), dim=-1)
         z = inputs @ layer.weight[:, : inputs.shape[-1]].T
         if self.bias:
             z = z + layer.bias
-        classes = p.shape[1]
+        classes = y.shape[1]
         if self.tells_apart(classes):
             of_label, of_output = layer.weight[:, 2:].split(EMBEDDING, dim=1)
             of_labels, of_outputs = self.embeddings(classes)

@@ -68,7 +68,8 @@ class _Pass:
         self._loss, self._p, self._y = loss, p, y
         self._weights: list[Tensor] = [layer.weight for layer in loss.linear]
         self._activation = loss.between
-        z = loss.first(p, y)
+        self._inputs = loss.inputs(p, y)
+        z = loss.first(self._inputs, y)
         self._a: list[Tensor] = []
         self._ds: list[Tensor] = []
         for layer in loss.linear[1:]:
@@ -90,8 +91,7 @@ class _Pass:
 
     def _by_prediction(self) -> Tensor:
         """Return ``∂a_0/∂p``, (R · C, inputs)."""
-        parts = self._loss.inputs_by_prediction(self._p, self._y)
-        return torch.stack(parts, dim=-1).view(-1, len(parts))
+        return self._loss.inputs_by_prediction(self._inputs).view(-1, self._inputs.shape[-1])
 
     def by_phi(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return the derivative by φ of the inner product with a tangent (R · C, 1)."""
@@ -110,8 +110,7 @@ class _Pass:
             found[f"linear.{k}.bias"] = q.sum(0)
             q = self._adjoint(k - 1, t[k - 1]).addcmul_(self._ds[k - 1], q @ self._weights[k])
         found["linear.0.bias"] = q.sum(0)
-        inputs = torch.stack(self._loss.inputs(self._p, self._y), dim=-1).view_as(start)
-        by_weight = (q.T @ inputs).addmm_(self._e[0].T, start)
+        by_weight = (q.T @ self._inputs.view_as(start)).addmm_(self._e[0].T, start)
         if self._loss.sees_classes:
             by_weight = torch.cat([by_weight, *self._by_embeddings(q.view(*self._p.shape, -1), found)], dim=1)
         return {**found, "linear.0.weight": by_weight}
