@@ -59,11 +59,32 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) < 700
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_to_files_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
-        if not target.startswith(("http://", "https://", "mailto:")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what a heading of a page is called in a link, as GitHub and the site call it."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", title)).lower().replace(" ", "-") for title in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
+def test_links_lead_to_a_file_and_to_a_heading_of_it(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"\w+:", target):
+            assert re.fullmatch(r"https://[\w-]+(\.[\w-]+)+(/[\w\-./%?=&#:]*)?|mailto:[\w.]+@[\w.]+", target), target
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(path), f"{page.name} links to {target}"
+
+
+def test_a_heading_is_called_as_in_a_link(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# What is `h`, and why?\n```bash\n# no heading\n```\n## Moving [from 0.1](a.md)\n")
+    assert anchors(page) == {"what-is-h-and-why", "moving-from-01"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
