@@ -61,6 +61,8 @@ def test_the_activation_is_that_of_the_paper(gamma: float, beta: float) -> None:
     torch.testing.assert_close(y, eq_4(x, gamma, beta), rtol=0, atol=1e-8)
     torch.testing.assert_close(slope, eq_25(x, gamma, beta), rtol=0, atol=1e-8)
     torch.testing.assert_close(activation.slope(x), eq_25(x, gamma, beta), rtol=0, atol=1e-12)
+    value_and_slope = (eq_4(x, gamma, beta), eq_25(x, gamma, beta))
+    torch.testing.assert_close(activation.with_slope(x.detach()), value_and_slope, rtol=0, atol=1e-12)
     (curvature,) = torch.autograd.grad(slope.sum(), x)
     torch.testing.assert_close(activation.curvature(activation.slope(x)), curvature, rtol=0, atol=1e-7)
 
@@ -70,6 +72,7 @@ def test_the_activation_by_default() -> None:
     torch.testing.assert_close(SmoothLeakyReLU()(x), eq_4(x), rtol=0, atol=1e-8)
     far = torch.linspace(-1e4, 1e4, 1001)
     assert SmoothLeakyReLU()(far).isfinite().all()
+    assert all(part.isfinite().all() for part in SmoothLeakyReLU().with_slope(far))
     assert SmoothLeakyReLU().slope(far).aminmax() == (pytest.approx(0.01), pytest.approx(1.0))
     assert repr(SmoothLeakyReLU(0.2, 3.0)) == "SmoothLeakyReLU(gamma=0.2, beta=3.0)"
 

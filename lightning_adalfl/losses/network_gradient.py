@@ -72,11 +72,12 @@ class _Pass:
         z = loss.first(self._inputs, y)
         self._a: list[Tensor] = []
         self._ds: list[Tensor] = []
-        for layer in loss.linear[1:]:
-            self._ds.append(self._activation.slope(z))
-            if layer is not loss.linear[-1]:
-                self._a.append(self._activation(z))
-                z = layer(self._a[-1])
+        for layer in loss.linear[1:-1]:
+            a, ds = self._activation.with_slope(z)
+            self._a.append(a)
+            self._ds.append(ds)
+            z = layer(a)
+        self._ds.append(self._activation.slope(z))
         f = self._weights[-1]
         self._f, self._e = [f], [self._ds[-1] * f]
         for weight, ds in zip(reversed(self._weights[1:-1]), reversed(self._ds[:-1])):
