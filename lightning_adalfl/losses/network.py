@@ -43,6 +43,8 @@ class SmoothLeakyReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the activation element-wise."""
+        if not torch.is_grad_enabled():
+            return self.with_slope(x)[0]
         return F.softplus(x, beta=self.beta) * (1.0 - self.gamma) + self.gamma * x
 
     def slope(self, x: Tensor) -> Tensor:

@@ -120,10 +120,10 @@ class Multiclass(Task):
         return F.cross_entropy(predictions, target, reduction="none")
 
     def _bounded_losses(self, predictions: Tensor, target: Tensor) -> Tensor:
-        losses = _bounded(predictions.log_softmax(1))
+        log_probabilities = predictions.log_softmax(1)
         if target.is_floating_point():
-            return (losses * target).sum(1)
-        return losses.gather(1, target.unsqueeze(1)).squeeze(1)
+            return (_bounded(log_probabilities) * target).sum(1)
+        return _bounded(log_probabilities.gather(1, target.unsqueeze(1)).squeeze(1))
 
     def _prepared(self, predictions: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         _check_kind(predictions, target)
