@@ -22,6 +22,8 @@ TANGENT_RULES: dict[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), partial(torch.ops.aten.threshold_backward, threshold=0)),
 }
 weight_norm: Callable[..., Tensor] = torch._weight_norm
+if hasattr(torch.utils.checkpoint, "_NoopSaveInputs"):  # by which older torch notes the inputs of a checkpoint
+    torch.utils.checkpoint._NoopSaveInputs.jvp = staticmethod(lambda ctx, *tangents: torch.zeros(0))
 
 # Handed a module, what a call of it runs, and the arguments.
 CallHandler = Callable[..., Any]
