@@ -20,12 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = "draw and describe a learned loss"
     inspect = commands.add_parser("inspect", help=words, epilog=example.format("inspect"))
     inspect.add_argument("path", help="a log folder, a checkpoint, or a .safetensors file; also a URL")
-    inspect.add_argument(
-        "--output", type=Path, default=Path("learned_loss.png"), help="the PNG; by default %(default)s"
-    )
-    inspect.add_argument(
-        "--classes", type=int, help="multiclass: the number of classes, where the loss does not know it"
-    )
+    output: Any = {"type": Path, "help": "the PNG; by default %(default)s"}
+    inspect.add_argument("--output", default=Path("learned_loss.png"), **output)
+    inspect.add_argument("--classes", type=int, help="multiclass: how many classes, where the loss does not know it")
     inspect.add_argument("--alone", action="store_true", help="a saved loss: it trains alone, with own_loss=False")
     inspect.add_argument("--targets", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="regression: targets")
     inspect.add_argument("--error-range", type=float, default=1.0, help="regression: the largest error")
@@ -35,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     influence.add_argument("path", help="a log folder with influence.safetensors, or such a file; also a URL")
     influence.add_argument("--rows", type=int, default=20, help="how many of the worst; by default %(default)s")
     influence.add_argument("--csv", type=Path, help="where a table of all instances is to be written")
-    influence.add_argument("--output", type=Path, default=Path("influence.png"), help="the PNG; by default %(default)s")
+    influence.add_argument("--output", default=Path("influence.png"), **output)
     influence.set_defaults(run=_influence)
     words = "say in words how a run went, and what to do about it"
     doctor = commands.add_parser("doctor", help=words, epilog=example.format("doctor"))

@@ -393,19 +393,19 @@ def test_tokens_of_a_sequence_count_together_and_those_without_weight_not_at_all
     torch.testing.assert_close(flat[:, 1], losses)
 
 
-@pytest.mark.parametrize("held_out_loss", [0.1, 3.0])
-def test_losses_count_unless_the_training_targets_are_known_by_heart(held_out_loss: float) -> None:
+@pytest.mark.parametrize("distance", [1.0, 4.0])
+def test_losses_count_unless_those_held_out_differ_twice_as_much(distance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(200, 6, generator=generator)
     rows[:, 0] = 1
+    rows[:60, 2] += 0.5
     probes = torch.rand(50, 2, 5, generator=generator)
     probes[..., 0] = 1
     probes[:, 1, 1] += 0.5  # a wrong target agrees less with the others, and has a larger loss
-    probes[:, 0, 2] *= 2 * held_out_loss
-    probes[:, 1, 2] += 4
+    probes[:, 1, 2] += distance
     table = InfluenceTable("multiclass", rows, probes, torch.ones(50, 1))
     by_agreement = np.argsort(-table.mean("agreement"), kind="stable")
-    assert np.array_equal(table.ranking(), by_agreement) == (held_out_loss > 1)
+    assert np.array_equal(table.ranking(), by_agreement) == (distance > 2)
 
 
 def test_a_million_instances_take_24_megabytes(tmp_path: Path) -> None:
@@ -542,27 +542,43 @@ class Wide(Smooth):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
-@pytest.mark.parametrize("meta_every", [1, 4])
-def test_nothing_is_scored_again_once_targets_are_learned_by_heart(meta_every: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("meta_every", [1, 2])
+def test_losses_stay_once_targets_are_learned_by_heart_and_influence_goes_on(meta_every: int, tmp_path: Path) -> None:
     data, _ = flipped(96)
 
-    def fitted(epochs: int, checkpoint: Path | None = None, callbacks: Any = ()) -> tuple[InfluenceTable, Any]:
+    def fitted(checkpoint: Path | None = None, callbacks: Any = ()) -> tuple[list[InfluenceTable], list[bool], Tensor]:
         torch.manual_seed(1)
-        logger = InfluenceLogger()
+        logger, tables, over = InfluenceLogger(), [], []
+
+        class Peeks(Callback):
+            def on_train_epoch_end(self, *_: Any) -> None:
+                tables.append(logger.table)
+                over.append(bool(logger.state_dict()["course"][5]))
+
         module = make(adaptive(Wide), adalfl=config(learn="nothing", meta_every=meta_every))
-        plain_trainer(tmp_path, max_epochs=epochs, callbacks=[logger, *callbacks]).fit(
+        plain_trainer(tmp_path, max_epochs=30, callbacks=[logger, Peeks(), *callbacks]).fit(
             module, DataLoader(data, 16, shuffle=True), DataLoader(points(64, 1), 32), ckpt_path=checkpoint
         )
-        return logger.table, logger.state_dict()["course"]
+        return tables, over, logger.state_dict()["course"]
 
-    table, course = fitted(60, callbacks=[Keep(tmp_path)])
-    assert course[5] == 1
-    seen = table.mean("seen")
-    assert 1 <= seen.min() <= seen.max() < 60 / meta_every
-    for after in (58, 2):  # resumed when it was over, and before
-        resumed, resumed_course = fitted(60, next(tmp_path.glob(f"epoch={after}.ckpt")))
-        assert torch.equal(resumed.sums, table.sums)
-        assert torch.equal(resumed.probes, table.probes)
+    tables, over, course = fitted(callbacks=[Keep(tmp_path)])
+    first, last = tables[over.index(True)], tables[-1]
+    assert 0 < over.index(True) < 25
+    assert all(over[over.index(True) :])
+    seen = first.mean("seen") > 0
+    assert (last.mean("seen") > first.mean("seen"))[seen].all()
+    for name in ("loss", "margin", "misclassified"):
+        np.testing.assert_allclose(last.mean(name)[seen], first.mean(name)[seen], rtol=1e-4, atol=1e-5)
+        assert not np.isnan(last.mean(name)).any()  # an instance that comes late is scored once and for all
+    for name in ("influence", "agreement"):
+        assert (last.mean(name) != first.mean(name))[seen].all()
+    asked = first.probes[:, 0, 0] > 0
+    new, old = (table.probes[asked] for table in (last, first))
+    torch.testing.assert_close(new[..., 2:] / new[..., :1], old[..., 2:] / old[..., :1], rtol=1e-4, atol=1e-5)
+    for after in (28, 2):  # resumed when it was over, and before
+        resumed, _, resumed_course = fitted(next(tmp_path.glob(f"epoch={after}.ckpt")))
+        assert torch.equal(resumed[-1].sums, last.sums)
+        assert torch.equal(resumed[-1].probes, last.probes)
         assert torch.equal(resumed_course, course)
 
 

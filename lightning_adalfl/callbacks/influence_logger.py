@@ -34,9 +34,9 @@ class InfluenceLogger(Callback):
 
     At each meta step the instances of the base step are scored; see
     :class:`~lightning_adalfl.inspection.InfluenceTable`. Training goes on as without it, whatever is learned: with
-    ``learn="nothing"`` an ordinary training is watched. Set ``meta_every=1`` to score every batch. Nothing is scored
-    again once targets are learned by heart: after an epoch whose held-out loss is above its training loss, and two
-    standard errors above the lowest.
+    ``learn="nothing"`` an ordinary training is watched. Set ``meta_every=1`` to score every batch. Loss, margin
+    and errors count until targets are learned by heart: until an epoch whose held-out loss is above its training loss,
+    and two standard errors above the lowest. From then on they would tell less, and influence and agreement do not.
 
     The table is written at the end of every epoch to ``influence.safetensors`` in the log folder of the first logger
     (``default_root_dir`` without one). A resumed run goes on from the checkpoint. At the end of training a histogram
@@ -103,7 +103,7 @@ class InfluenceLogger(Callback):
         if not is_known:
             raise ValueError(f"indices must be whole numbers from 0 to {last}; got {str(found)[:50]}. {REMEDY}")
         run = pl_module._adalfl_online()
-        run.instances, run.watch = index.to(pl_module.device), partial(self._watch, pl_module)
+        run.instances, run.watch = index.to(pl_module.device), partial(self._watch, pl_module, self._sums)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Sum over processes, and write the table."""
@@ -158,11 +158,9 @@ class InfluenceLogger(Callback):
         with self._sums.sync_context():
             return self._sums.copies()
 
-    def _watch(self, module: Any, step: Any, found: Any) -> None:
+    def _watch(self, module: Any, sums: _Sums, step: Any, found: Any) -> None:
         """Add what a meta step tells of the instances of its base step."""
-        task, sums = module.adalfl.task, self._sums
-        if sums is None:
-            return
+        task, is_over = module.adalfl.task, bool(self._course[5])
         for forward, influence, (descent, factor, h) in zip(step.forwards, found.influence, found.parts):
             index, p = forward.instances, descent.predicted
             if len(index) != len(influence):
@@ -173,29 +171,28 @@ class InfluenceLogger(Callback):
             scores = target_scores(task, p.predictions, p.target, p.pushed(h) * factor, p.weight, len(index))
             values = torch.cat([torch.ones_like(influence), influence, scores], 1).float()
             values[~torch.isfinite(values[:, :4]).all(1)] = 0.0  # a step without a finite derivative says nothing
-            if self._course[5]:
-                values[sums.sums[index, 0] > 0] = 0.0
-            sums.update(index, values)
+            sums.update(index, values, is_over)
         # As often as a training instance is seen, so that the two are alike; which batch follows from the meta steps.
         steps, rows = module.adalfl.meta_steps, len(index) * len(step.forwards) * module.trainer.world_size
         turn, before = (_PROBE_BATCHES * rows * count // len(sums.sums) for count in (steps + 1, steps))
-        if turn > before and len(p.predictions) == len(index) and not self._course[5]:
-            self._probe(module, min(turn, steps) % _PROBE_BATCHES, step, found)
+        if turn > before and len(p.predictions) == len(index):
+            self._probe(module, sums, min(turn, steps) % _PROBE_BATCHES, step, found)
 
-    def _probe(self, module: Any, place: int, step: Any, found: Any) -> None:
+    def _probe(self, module: Any, sums: _Sums, place: int, step: Any, found: Any) -> None:
         """Score held-out instances with their own targets, and with wrong ones."""
         self._held_out = self._held_out or HeldOutBatches(module, _PROBE_BATCHES)
         f, y, h = (t[:_PROBE_ROWS] for t in self._held_out.tangent(place, step, found))
-        task, seen, sums = module.adalfl.task, found.parts[-1][0].predicted, self._sums
+        task, seen = module.adalfl.task, found.parts[-1][0].predicted
         others = other_targets(task, f, y, (seen.predictions, seen.target), place)
-        if others is None or sums is None:
+        if others is None:
             return
         targets = torch.cat([y.unsqueeze(1).to(others[0]), others[0]], 1)
         f, h = (t.repeat_interleave(targets.shape[1], 0) for t in (f, h))
         scores = target_scores(task, f, targets.flatten(0, 1), h, None, len(f))
         scores = torch.cat([torch.ones_like(scores[:, :1]), scores], 1).unflatten(0, targets.shape[:2])
         first = (module.global_rank * _PROBE_BATCHES + place) * _PROBE_ROWS
-        sums.update_probes(first, scores, others[1], _PROBE_BATCHES * _PROBE_ROWS * module.trainer.world_size)
+        size, is_over = _PROBE_BATCHES * _PROBE_ROWS * module.trainer.world_size, bool(self._course[5])
+        sums.update_probes(first, scores, others[1], size, is_over)
 
     def _images(self, module: Any) -> Figure | None:
         ranking = self.table.ranking()
@@ -225,14 +222,15 @@ class _Sums(Metric):
         for name, shape in empty.items():
             self.add_state(name, state.get(name, torch.zeros(shape)), "sum")
 
-    def update(self, index: Tensor, values: Tensor) -> None:
-        self.sums.index_add_(0, index, values)
+    def update(self, index: Tensor, values: Tensor, is_over: bool) -> None:
+        self.sums.index_add_(0, index, _with_means(values, self.sums[index]) if is_over else values)
 
-    def update_probes(self, first: int, scores: Tensor, weights: Tensor, size: int) -> None:
+    def update_probes(self, first: int, scores: Tensor, weights: Tensor, size: int, is_over: bool) -> None:
         if not len(self.probes):
             self.probes = self.sums.new_zeros(size, *scores.shape[1:])
             self.probe_weights = self.sums.new_zeros(size, weights.shape[1])
-        self.probes[first : first + len(scores)] += scores
+        rows = self.probes[first : first + len(scores)]
+        rows += _with_means(scores, rows) if is_over else scores
         self.probe_weights[first : first + len(scores)] += weights
 
     def compute(self) -> Tensor:
@@ -240,6 +238,12 @@ class _Sums(Metric):
 
     def copies(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).cpu().clone() for name in self._reductions}
+
+
+def _with_means(values: Tensor, sums: Tensor) -> Tensor:
+    """Return values whose last three are the means so far where there are any, so that these stay."""
+    stay = torch.where(sums[..., :1] > 0, values[..., :1] * sums[..., -3:] / sums[..., :1], values[..., -3:])
+    return torch.cat([values[..., :-3], stay], -1)
 
 
 def _writes(trainer: Any) -> bool:

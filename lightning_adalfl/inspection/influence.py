@@ -19,7 +19,6 @@ from lightning_adalfl.inspection.target_scores import SCORES
 INFLUENCE_FILE = "influence.safetensors"
 COLUMNS = ("seen", "influence", *SCORES)
 _KIND, _VERSION = "influence", 1
-_LEAST_SHARE = 1e-3  # of wrong targets that is thought possible
 
 Values = NDArray[np.floating[Any]]
 
@@ -34,8 +33,9 @@ class InfluenceTable:
 
     :meth:`score` makes one number of them. Some held-out instances were scored with their own targets, which are right,
     and with others, which are wrong. A logistic regression learns from both how agreement, loss and margin tell them
-    apart, and is then asked about the training targets. It learns from agreement alone where the network knows those by
-    heart, and held-out losses are higher. Without held-out instances the score is the agreement.
+    apart, and is then asked about the training targets. It learns from agreement alone where the losses of these differ
+    less than half as much as of held-out targets of which as many are wrong: the network knows them by heart, or has
+    learned a wrong rule. Without held-out instances the score is the agreement.
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
@@ -152,15 +152,13 @@ class InfluenceTable:
         if len(right) < 2 or counts.sum() <= 0 or seen.sum() < 2:
             return self.mean("agreement"), None
         centre, spread = found[seen].mean(0), found[seen].std(0).clip(1e-12)
-        if right[:, 1].mean() > centre[1] + spread[1]:  # training targets are known by heart: their loss tells nothing
-            found, right, wrong, centre, spread = (a[..., :1] for a in (found, right, wrong, centre, spread))
-        x = (np.concatenate([right, wrong]) - centre) / spread
+        x, found = (np.concatenate([right, wrong]) - centre) / spread, (found - centre) / spread
         y = np.repeat([0.0, 1.0], [len(right), len(wrong)])
         counts = np.append(np.ones(len(right)), counts * len(right) / counts.sum())
-        odds, share = _regressed(x, y, counts, (found - centre) / spread), 0.5
-        for _ in range(100):
-            share = float(_sigmoid(odds[seen] + np.log(share / (1 - share))).mean())
-            share = min(max(share, _LEAST_SHARE), 1 - _LEAST_SHARE)
+        odds, share = _regressed(x[:, :1], y, counts, found[:, :1])
+        # Losses of training targets that are known by heart, or by a wrong rule, differ less than those held out would.
+        if np.cov(x[:, 1], aweights=counts * np.where(y > 0, share, 1 - share)) < 2**2:
+            odds, share = _regressed(x, y, counts, found)
         return odds, share
 
     def _features(self, means: Values) -> Values:
@@ -179,12 +177,14 @@ def _sigmoid(x: Values) -> Values:
     return 1 / (1 + np.exp(-x.clip(-500, 500)))
 
 
-def _regressed(x: Values, y: Values, counts: Values, asked: Values) -> Values:
-    """Return the log odds of a logistic regression with a penalty of half the squared weights, by Newton's method."""
+def _regressed(x: Values, y: Values, counts: Values, asked: Values) -> tuple[Values, float]:
+    """Return log odds as if half were wrong, by Newton's method with a small penalty, and the share that is wrong."""
     x, asked = (np.concatenate([rows, np.ones((len(rows), 1))], 1) for rows in (x, asked))
-    penalty, w = np.diag([*np.ones(x.shape[1] - 1), 1e-6]), np.zeros(x.shape[1])
+    penalty, w, share = np.diag([*np.ones(x.shape[1] - 1), 1e-6]), np.zeros(x.shape[1]), 0.5
     for _ in range(50):
         p = _sigmoid((x @ w).clip(-30, 30))
         curvature = (x * (counts * p * (1 - p))[:, None]).T @ x + penalty
         w = w - np.linalg.solve(curvature, x.T @ (counts * (p - y)) + penalty @ w).clip(-2, 2)
-    return asked @ w
+    for _ in range(100):
+        share = float(np.nanmean(_sigmoid(asked @ w + np.log(share / (1 - share)))).clip(1e-3, 1 - 1e-3))
+    return asked @ w, share

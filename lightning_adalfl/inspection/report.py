@@ -89,9 +89,8 @@ class LossReport:
         lines = []
         for path, away, lowest in zip(self.shape.paths, self.away, self.lowest):
             said = [f"it pulls away from the target at {_listed(away)}"] if away else []
-            said += (
-                [f"it is lowest at {lowest:.3g}"] if abs(lowest - path.correct) > 1.5 * (path.x[2] - path.x[1]) else []
-            )
+            if abs(lowest - path.correct) > 1.5 * (path.x[2] - path.x[1]):
+                said.append(f"it is lowest at {lowest:.3g}")
             lines += [f"{path.name}: {', '.join(said)}"] if said else []
         if not lines:
             return "Turning regions (section 5.7). None: it pulls towards the target everywhere."
