@@ -107,6 +107,19 @@ class Recurrent(Plain):
         return self.head(out[:, -1])
 
 
+class LongMemory(Recurrent):
+    """Two layers with dropout between; on a CPU torch computes them in one kernel, which has no forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.LSTM(1, 8, num_layers=2, dropout=0.2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, hidden = self.model(x.unsqueeze(-1), self.hidden)
+        self.hidden = tuple(state.detach() for state in hidden)
+        return self.head(out[:, -1])
+
+
 class Made(Plain):
     """Makes its layers when the Trainer asks for them."""
 
@@ -145,7 +158,7 @@ class ForcesOfOne(Forces):
         return self.model(x)[:, :1].sum()
 
 
-KINDS = [Tied, Unused, PartlyFrozen, Complex, Scalar, Parametrized, Recurrent, Made, Grows]
+KINDS = [Tied, Unused, PartlyFrozen, Complex, Scalar, Parametrized, Recurrent, LongMemory, Made, Grows]
 LAZY = pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 
 

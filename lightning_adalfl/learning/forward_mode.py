@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from lightning_adalfl.learning.torch_private import (
     batch_norm_input_gradient,
     is_compiled,
     map_tensors,
+    recurrence_by_steps,
     version,
     weight_norm,
 )
@@ -59,7 +60,7 @@ class ForwardMode(JacobianProduct):
     def using(self, kept: PrimalTape | None) -> AbstractContextManager[Any]:
         """Return a context in which the tape's results are the primals of dual tensors."""
         tape = PrimalTape() if kept is None else kept
-        tape.rewind()
+        tape.next = 0
         return _ReplayPrimals(tape)
 
     def __call__(
@@ -114,11 +115,11 @@ def _no_forward_mode(error: Exception) -> ForwardModeError:
 
 
 class PrimalTape:
-    """The results of the base forward's costly functions, in the order of their calls."""
+    """The results of the base forward's costly functions, in the order of their calls; ``next`` is taken next."""
 
     def __init__(self) -> None:
         self._results: list[tuple[Tensor, int] | None] = []
-        self._next = 0
+        self.next = 0
         self._bytes = 0
 
     def keep(self, result: Tensor, multiplications: int) -> None:
@@ -133,15 +134,9 @@ class PrimalTape:
 
     def take(self) -> Tensor | None:
         """Return the next result, or ``None`` if it was not kept or was overwritten in place since."""
-        entry = self._results[self._next] if self._next < len(self._results) else None
-        self._next += 1
-        if entry is None or version(entry[0]) != entry[1]:
-            return None
-        return entry[0]
-
-    def rewind(self) -> None:
-        """Begin again at the first call."""
-        self._next = 0
+        entry = self._results[self.next] if self.next < len(self._results) else None
+        self.next += 1
+        return None if entry is None or version(entry[0]) != entry[1] else entry[0]
 
 
 class _RecordPrimals(TorchFunctionMode):
@@ -188,9 +183,11 @@ class _ReplayPrimals(TorchFunctionMode):
             return _batch_norm(*args, **kwargs)
         if func is weight_norm:
             return _weight_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+        with recurrence_by_steps() if func in _RECURRENT else nullcontext():
+            return func(*args, **kwargs)
 
 
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 _RELUS = (F.relu, torch.relu, Tensor.relu)
 _AVERAGES = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -81,6 +81,13 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
 
 
+class _Interception(partial[Any]):
+    """What stands in the place of a module's call; a copy of the module, made meanwhile, has its own call again."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.args[0], "_call_impl")
+
+
 class InterceptedCalls:
     """Hands every call of some modules to a function, in place of the module; hooks and the compiler are behind it.
 
@@ -93,7 +100,7 @@ class InterceptedCalls:
         self._entries: list[tuple[dict[str, Any], str, Any, Any]] = []
         for module in modules:
             name = "_call_impl" if module._compiled_call_impl is None else "_compiled_call_impl"
-            wrapped = partial(handler, module, getattr(module, name))
+            wrapped = _Interception(handler, module, getattr(module, name))
             self._entries.append((module.__dict__, name, module.__dict__.get(name), wrapped))
 
     def __enter__(self) -> None:
@@ -106,6 +113,16 @@ class InterceptedCalls:
                 attributes.pop(name, None)
             else:
                 attributes[name] = own
+
+
+@contextmanager
+def recurrence_by_steps() -> Iterator[None]:
+    """Let recurrent layers in the body go step by step: the fused kernels of oneDNN and cuDNN have no forward mode."""
+    with ExitStack() as stack:
+        for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+            stack.callback(setattr, backend, "enabled", backend.enabled)
+            backend.enabled = False  # type: ignore[attr-defined]
+        yield
 
 
 @contextmanager
