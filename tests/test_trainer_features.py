@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
@@ -45,7 +47,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
-from lightning_adalfl import AdaLFLInit
+from lightning_adalfl import AdaLFLConfig, AdaLFLInit
 
 LINEAR = {"meta_optimizer": "SGD", "meta_lr": 0.1}  # an error in the size of the hypergradient shows too
 
@@ -232,6 +234,49 @@ class ClipsValuesByTorch(Clips):
         torch.nn.utils.clip_grad_value_(self.parameters(), 0.01)
 
 
+class ClipsValueThenNorm(Clips):
+    def configure_gradient_clipping(self, optimizer: Optimizer, **_: Any) -> None:
+        self.clip_gradients(optimizer, 0.03, "value")
+        self.clip_gradients(optimizer, 0.05, "norm")
+
+
+class InAHook(Plain):
+    def configure_optimizers(self) -> Optimizer:
+        return SGD(self.model.parameters(), lr=0.5)
+
+
+class ClipsAfterBackward(InAHook):
+    def on_after_backward(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
+class ClipsBeforeTheStep(InAHook):
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        torch.nn.utils.clip_grad_value_(self.parameters(), 0.01)
+
+
+class HoldsRows(InAHook):
+    """Does not train some rows of a weight."""
+
+    def on_after_backward(self) -> None:
+        self.model[0].weight.grad[:8].zero_()
+
+
+class ClipsByHand(InAHook):
+    """The usual lines of manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+        optimizer.step()
+
+
 class LooksOnly(Clips):
     def configure_gradient_clipping(self, optimizer: Optimizer, **_: Any) -> None:
         self.log("norm", torch.nn.utils.get_total_norm([p.grad for p in self.parameters()]))
@@ -242,12 +287,29 @@ class HalvesTheHead(Clips):
         self.model[4].weight.grad.mul_(0.5)
 
 
+class HalvesTheHeadEarly(InAHook):
+    def on_after_backward(self) -> None:
+        self.model[4].weight.grad.mul_(0.5)
+
+
+class ClippingCallback(Callback):
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(pl_module.parameters(), 0.1)
+
+
 CLIPPED = [
     (Plain, BY_NORM),
     (Plain, BY_VALUE),
     (Clips, {}),
     (ClipsByTorch, {}),
     (ClipsValuesByTorch, {}),
+    (ClipsValueThenNorm, {}),
+    (ClipsAfterBackward, {}),
+    (ClipsBeforeTheStep, {}),
+    (ClipsBeforeTheStep, BY_NORM),  # and Lightning after it
+    (HoldsRows, {}),
+    (ClipsByHand, {}),
+    (InAHook, {"callbacks": [ClippingCallback()]}),
     (LooksOnly, {}),
 ]
 
@@ -259,7 +321,7 @@ def test_the_hypergradient_of_a_clipped_step_is_that_of_a_double_backward(
 ) -> None:
     if optimizer is not None:
         kind = type("WithAdam", (kind,), {"configure_optimizers": lambda self: Adam(self.parameters(), 0.05)})
-    else:
+    elif "callbacks" not in options:
         check_as_plain(tmp_path, kind, **options)
     found = [in_double(tmp_path, kind, way, max_epochs=1, **options) for way in ("forward", "reverse")]
     assert_close(*map(phi, found))
@@ -270,11 +332,34 @@ def test_the_hypergradient_of_a_clipped_step_is_that_of_a_double_backward(
     assert differs is (kind.configure_gradient_clipping is not LooksOnly.configure_gradient_clipping)
 
 
-def test_a_gradient_that_is_changed_in_another_way_is_refused(tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options", "clipping"),
+    [
+        (ClipsAfterBackward, {}, {"gradient_clip_val": 0.1}),
+        (InAHook, {"callbacks": [ClippingCallback()]}, {"gradient_clip_val": 0.1}),
+        (ClipsByHand, {}, {"gradient_clip_val": 0.1}),
+        (ClipsBeforeTheStep, {}, BY_VALUE),
+    ],
+)
+def test_wherever_a_module_clips_it_learns_as_where_lightning_clips(
+    tmp_path: Any, kind: Any, options: Any, clipping: Any
+) -> None:
+    own = in_double(tmp_path, kind, "forward", max_epochs=1, **options)
+    lightnings = in_double(tmp_path, InAHook, "forward", max_epochs=1, **clipping)
+    assert_close(phi(own), phi(lightnings))
+    assert_close(tensors(own), tensors(lightnings))
+
+
+@pytest.mark.parametrize("kind", [HalvesTheHead, HalvesTheHeadEarly])
+def test_a_gradient_that_is_changed_in_another_way_is_refused_before_the_first_step(tmp_path: Any, kind: Any) -> None:
+    module = make(adaptive(kind), adalfl=AdaLFLConfig("multiclass"))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
     with pytest.raises(
-        ValueError, match=r"changes the gradient in a way.*`self.clip_gradients\(optimizer, gradient_clip"
+        ValueError, match=r"changes the gradient in a way.*`self.clip_gradients\(optimizer, .*`meta_every=None`"
     ):
-        fit(tmp_path, make(adaptive(HalvesTheHead), adalfl=config()))
+        fit(tmp_path, module)
+    assert_same(before, {name: p.detach() for name, p in module.named_parameters()})
+    fit(tmp_path, make(adaptive(kind), adalfl=config(meta_every=None)))
 
 
 # Schedules of the learning rate.
@@ -429,6 +514,51 @@ def test_callbacks_of_lightning_do_what_they_do_for_the_plain_module(tmp_path: A
 def test_layers_that_a_callback_unfreezes_are_part_of_the_hypergradient(tmp_path: Any) -> None:
     found = [phi(in_double(tmp_path, Finetuned, way, callbacks=[Unfreeze()])) for way in ("forward", "reverse")]
     assert_close(*found)
+
+
+class UnfreezeLater(BaseFinetuning):
+    """Freezes all there is, and unfreezes a part when an epoch begins."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.model)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Optimizer) -> None:
+        if epoch == 0:
+            self.make_trainable(pl_module.model[4])
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.model[0], optimizer)
+
+
+class HeadFirst(Plain):
+    def configure_optimizers(self) -> Optimizer:
+        return SGD(self.model[4].parameters(), lr=0.5)
+
+
+def test_a_module_may_be_frozen_altogether_until_its_first_epoch(tmp_path: Any) -> None:
+    module = check_as_plain(tmp_path, HeadFirst, callbacks=lambda: [UnfreezeLater()])
+    assert len(module.trainer.optimizers[0].param_groups) == 2
+
+
+class KeepsCopies(Smooth):
+    """Keeps itself and a part of it as they are, in the midst of a step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self(batch[0])
+        if batch_idx % 3 == 1:
+            self.__dict__["earlier"] = copy.deepcopy(self), copy.deepcopy(self.model)
+            torch.save(self.model, io.BytesIO())
+        loss = F.cross_entropy(logits, batch[1])
+        if batch_idx % 3:
+            loss = loss + sum(F.mse_loss(logits, old(batch[0]).detach()) for old in self.__dict__["earlier"])
+        return loss
+
+
+def test_a_module_may_be_copied_in_the_midst_of_its_step(tmp_path: Any) -> None:
+    module = check_as_plain(tmp_path, KeepsCopies)
+    twin, part = module.__dict__["earlier"]
+    x = torch.ones(2, 4)
+    torch.testing.assert_close(twin(x), part(x))
+    assert twin.adalfl is not module.adalfl
 
 
 def test_early_stopping_stops_where_it_stops_the_plain_module(tmp_path: Path) -> None:

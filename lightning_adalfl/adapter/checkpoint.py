@@ -45,11 +45,6 @@ def load(learner: MetaLearner, checkpoint: dict[str, Any]) -> list[dict[str, Any
     return processes if is_whole else None
 
 
-def without_global(processes: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Return the random states of the processes but for those of the whole run."""
-    return None if processes is None else [{**process, "global": None} for process in processes]
-
-
 def learner_of(checkpoint: dict[str, Any]) -> MetaLearner | None:
     """Return the learner that a checkpoint was written with, if any."""
     state = checkpoint.get(KEY)

@@ -22,12 +22,7 @@ class ManualRun(OnlineRun):
         self._backwards = self._backwards_stepped = 0
 
     def run_manual(self, step: Callable[[], Any], batch: Any) -> tuple[Any, Tensor | None]:
-        """Run a training step of manual optimization; return its output, and a loss that it leaves to be descended.
-
-        Args:
-            step: Runs it on ``batch``.
-            batch: What it is given.
-        """
+        """Run a training step of manual optimization; return its output, and a loss that it leaves to be descended."""
         way, before = self._begin(), self._own_work() if self._is_own is None else None
         if self.learner.config.meta_every is None and self._is_checked and self.learner.objective.is_zero:
             output = step()
@@ -46,12 +41,7 @@ class ManualRun(OnlineRun):
         self._observer.end()
 
     def backward(self, loss: Tensor, backward: Callable[[Tensor], None]) -> None:
-        """Go backward from a loss in manual optimization; from one of the predictions, bent.
-
-        Args:
-            loss: The user's.
-            backward: Goes backward from what it is given.
-        """
+        """Go backward from the user's loss in manual optimization; from one of the predictions, bent."""
         self._backwards += 1
         step = self.base_step
         if step.forwards and not any(p.grad is not None and p.grad.any() for p in step.parameters):

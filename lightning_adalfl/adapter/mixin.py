@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -154,15 +154,16 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
         learner.to(self.device)  # type: ignore[attr-defined]
         watched = watched_metrics(trainer.callbacks)
         if learner.config.meta_data == "val" and learner.config.meta_every is not None and watched:
-            _warn(
+            rank_zero_warn(
                 f"Callbacks monitor {watched}, and with `meta_data='val'` the learned loss is trained on the "
                 "validation data, so these metrics are optimistic. Hold out other data for them."
             )
         phase, self._adalfl_offline = self._adalfl_offline, None
         if phase is not None:
             phase()
-        # Random states of a resumed run are put back before the loaders draw their order.
-        self._adalfl_online()
+        if any(p.requires_grad for g in base_optimizer(trainer, learner).param_groups for p in g["params"]):
+            # Random states of a resumed run are put back before the loaders draw their order.
+            self._adalfl_online()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         """See that the run is that of this fit, before its optimizer steps."""
@@ -223,7 +224,7 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
         self._adalfl_processes = checkpoints.load(self.adalfl, checkpoint)
         if self._adalfl_run is not None:
             # A tuner puts back what it has moved; the random numbers of the run go on.
-            self._adalfl_processes = checkpoints.without_global(self._adalfl_processes)
+            self._adalfl_processes = [{**process, "global": None} for process in self._adalfl_processes or ()]
             self._adalfl_close()
 
     def teardown(self, stage: str) -> None:
@@ -281,15 +282,9 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the module, as weight averaging makes one, has no part in the fit that is under way.
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
-        return {**state, "_adalfl_run": None, "_adalfl_offline": None}
+        return {**super().__getstate__(), "_adalfl_run": None, "_adalfl_offline": None}  # type: ignore[dict-item]
 
 
 def _calls_super(owner: type, name: str) -> bool:
     code = getattr(inspect.unwrap(owner.__dict__[name]), "__code__", None)
     return code is None or not {"super", "AdaLFLMixin"}.isdisjoint(code.co_names)
-
-
-@rank_zero_only
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=3)

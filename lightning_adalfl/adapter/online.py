@@ -12,15 +12,13 @@ from torch.optim import Optimizer
 
 from lightning_adalfl.adapter.lightning_private import loss_of
 from lightning_adalfl.adapter.meta_batches import MASKS, EndlessBatches, derived_seed, transferred_meta_batch
-from lightning_adalfl.adapter.plugins import LossScale, broadcast, mean_over_processes, own_scale
+from lightning_adalfl.adapter.plugins import GradientPath, LossScale, broadcast, mean_over_processes, own_scale
 from lightning_adalfl.adapter.user_step import Found, StepObserver
 from lightning_adalfl.learning.base_step import BaseForward, Descent
 from lightning_adalfl.learning.hypergradient import Watch
 from lightning_adalfl.learning.jvp import JacobianProduct
 from lightning_adalfl.learning.meta_learner import MetaLearner
-from lightning_adalfl.learning.optimizer_vjp import Clipping
 from lightning_adalfl.learning.recorded_forward import Predict, RandomState, RandomStream
-from lightning_adalfl.learning.torch_private import norm
 
 
 class OnlineRun:
@@ -64,8 +62,6 @@ class OnlineRun:
         self._reduce = mean_over_processes(self.trainer)
         self.watch: Watch | None = None
         self.instances: Any = None
-        self.clipping: Clipping | None = None
-        self._clipped: list[Tensor] | None = None
         self._rates: list[Any] = []
         self._others: list[tuple[Tensor, Tensor]] = []
         self._unrecorded: list[Descent] = []
@@ -93,6 +89,7 @@ class OnlineRun:
     def _refresh(self) -> None:
         """Make what looks into the module: its parts, and what the optimizer trains of them."""
         self.base_step = self.learner.new_base_step(self.module, self.optimizer, self._predict)
+        self.gradient = GradientPath(self.base_step)
         device, buffers = self.base_step.device, self.base_step.model.buffers
         self._observer = StepObserver(self.module, self._predict, self._says_how, device, buffers)
         self._structure = self._structure_now()
@@ -191,21 +188,6 @@ class OnlineRun:
         kept = [f for f in self.base_step.forwards if f.descent is not None and f.descent.scale is None]
         self.base_step.forwards = kept
 
-    @property
-    def wants_clipping(self) -> bool:
-        """Whether the hypergradient of the coming step has to know what the gradient goes through."""
-        return self.learner.is_due and bool(self.base_step.forwards)
-
-    def gradient_norm(self) -> Tensor:
-        """Return the Euclidean norm of the base gradient as it is now."""
-        return norm([p.grad for p in self.base_step.parameters if p.grad is not None])
-
-    def note_clipping(self, clipping: Clipping) -> None:
-        """Take in what the gradient has been through, and the gradient as it goes into the step."""
-        self.clipping = clipping
-        # An optimizer may change it in place, and the clipping's derivative depends on it.
-        self._clipped = [p.grad.clone() for p in self.base_step.parameters if p.grad is not None]
-
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.learner.rate is not None:
             scale = self.learner.lr_scale
@@ -228,13 +210,13 @@ class OnlineRun:
         self._check_descended()
         if learner.is_due and step.forwards:
             step.loss_scale = own_scale(self.trainer)
-            step.after_step(self.clipping, self._clipped)
+            step.after_step(self.gradient, self.gradient.passed[-1][1] if self.gradient.passed else None)
             if step.is_recorded:
                 self._check_reached()
                 self._meta_step()
-        self.clipping = self._clipped = None
         self._others = []
         step.clear()
+        self.gradient = GradientPath(step)
         learner.count_base_step(step.parameters)
         # In manual optimization a step may be followed by another on the same batch.
         self._observer.expect(self._way)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adalfl.adapter.lightning_private import is_own
+from lightning_adalfl.learning.base_step import BaseStep
 from lightning_adalfl.learning.meta_learner import MetaLearner
 from lightning_adalfl.learning.optimizer_vjp import ClipByNorm, ClipByValue, Clipping
-from lightning_adalfl.learning.torch_private import is_sharded
+from lightning_adalfl.learning.torch_private import is_sharded, norm, version
 
 _INITIAL = 2.0**16
 _GROWTH_INTERVAL = 2000
@@ -73,9 +72,6 @@ class LossScale:
     The scaler's own factor fits the user's loss, whose gradient may differ from the task loss's by orders of
     magnitude, so this one is found in the same way from the gradients that it is for: sixteen times smaller after an
     overflow, twice as large after 2,000 steps without one.
-
-    Args:
-        trainer: Says whether there is a gradient scaler.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -115,33 +111,30 @@ class NotedClipping:
 
     _adalfl_takes_step = False  # in manual optimization, for a module that returns a loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Go backward as the module does, and keep the gradient: hooks may change it before the step."""
+        super().backward(loss, *args, **kwargs)  # type: ignore[misc]
+        run = self._adalfl_online()  # type: ignore[attr-defined]
+        run.gradient = GradientPath(run.base_step)
+        run.gradient.keep(own_scale(run.trainer))
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip where automatic optimization would: after a gradient scaler has taken its factor out."""
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
         run = self._adalfl_online()  # type: ignore[attr-defined]
         if optimizer is run.optimizer:
+            run.gradient.see()
             run.check_evaluation()
         if self._adalfl_takes_step:
             self.configure_gradient_clipping(optimizer, gradient_clip_val=None, gradient_clip_algorithm=None)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clip as the module does, and note how, so that the hypergradient passes through it."""
-        own = super().configure_gradient_clipping  # type: ignore[misc]
-        how = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
-        run = self._adalfl_online()  # type: ignore[attr-defined]
-        if is_own(own) or not run.wants_clipping:
-            own(optimizer, **how)
-            return
-        run.clipping = None
-        with clipping_seen(run.base_step.parameters) as seen:
-            own(optimizer, **how)
-        if run.clipping is None and seen.clipping is not None:
-            run.note_clipping(seen.clipping)
+        own, gradient = super().configure_gradient_clipping, self._adalfl_online().gradient  # type: ignore
+        if not is_own(own):
+            gradient.keep()
+        own(optimizer, *args, **kwargs)
+        gradient.see()
 
     def clip_gradients(
         self,
@@ -151,55 +144,84 @@ class NotedClipping:
     ) -> None:
         """Clip, and note how."""
         trainer, run = self.trainer, self._adalfl_online()  # type: ignore[attr-defined]
+        gradient, is_its = run.gradient, getattr(optimizer, "optimizer", optimizer) is run.optimizer
         value = gradient_clip_val if gradient_clip_val is not None else trainer.gradient_clip_val
         algorithm = gradient_clip_algorithm or trainer.gradient_clip_algorithm or "norm"
         is_by_value = str(getattr(algorithm, "value", algorithm)).lower() == "value"
-        total = run.gradient_norm() if value and run.wants_clipping and not is_by_value else None
+        gradient.see()
+        before = gradient.now() if value and is_its else []
+        total = norm([gradient for _, gradient in before]) if before and not is_by_value else None
         super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)  # type: ignore[misc]
-        if value and run.wants_clipping:
-            run.note_clipping(ClipByValue(float(value)) if total is None else ClipByNorm(float(value), total))
+        if before:
+            gradient.note(ClipByValue(float(value)) if total is None else ClipByNorm(float(value), total))
 
 
-@dataclass
-class Seen:
-    """What the gradient has been through.
+class GradientPath(Clipping):
+    """What a base step's gradient goes through between the backward and the optimizer."""
 
-    Attributes:
-        clipping: ``None`` if nothing has changed it.
-    """
+    def __init__(self, step: BaseStep) -> None:
+        self._step = step
+        # An optimizer may change the gradient in place, and the clipping's derivative depends on it.
+        self.passed: list[tuple[Clipping, list[Tensor]]] = []
+        self._kept: list[tuple[Tensor, Tensor, int, Tensor]] = []
 
-    clipping: Clipping | None = None
+    def now(self) -> list[tuple[Tensor, Tensor]]:
+        """Return parameters with their gradients, if a hypergradient has to know what these go through."""
+        return [(p, p.grad) for p in self._step.parameters if p.grad is not None] if self._step.forwards else []
+
+    def keep(self, scale: Tensor | float = 1.0) -> None:
+        """Keep the gradient as it is, but for a factor that a gradient scaler will take out."""
+        self._kept = [(p, gradient, version(gradient), gradient / scale) for p, gradient in self.now()]
+
+    def see(self) -> None:
+        """Note what has been made of the gradient since it was kept.
+
+        Raises:
+            ValueError: If it has been changed in another way than by its norm, by a bound on elements, or to zero.
+        """
+        kept, self._kept = [entry for entry in self._kept if entry[0].grad is not None], []
+        if any(p.grad is not gradient or version(gradient) != number for p, gradient, number, _ in kept):
+            self.note(_explained([before for *_, before in kept], [p.grad for p, *_ in kept]))  # type: ignore[misc]
+
+    def note(self, clipping: Clipping | None) -> None:
+        """Take in a clipping, if any, with the gradient that it has left."""
+        if clipping is not None:
+            self.passed.append((clipping, [gradient.clone() for _, gradient in self.now()]))
+
+    def vjp(self, clipped: Sequence[Tensor], vector: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``vector`` pulled back through all of it, the last first."""
+        for clipping, left in reversed(self.passed):
+            vector = clipping.vjp(left, vector)
+        return list(vector)
 
 
-@contextmanager
-def clipping_seen(parameters: Sequence[Tensor]) -> Iterator[Seen]:
-    """Compare the gradients before and after the body.
+class _Pinned(Clipping):
+    """Elements that were set to a bound, or to zero, lead no further back."""
 
-    Raises:
-        ValueError: If the body has changed them in another way than by their norm or element-wise by value.
-    """
-    known = [p for p in parameters if p.grad is not None]
-    before = [p.grad.clone() for p in known]  # type: ignore[union-attr]
-    seen = Seen()
-    yield seen
-    after = [p.grad for p in known]
-    if any(g is None for g in after) or all(torch.equal(a, b) for a, b in zip(after, before)):  # type: ignore[arg-type]
-        return
-    seen.clipping = _explained(before, after)  # type: ignore[arg-type]
+    def __init__(self, left: list[Tensor]) -> None:
+        self._left = left  # whether an element is as it was
+
+    def vjp(self, clipped: Sequence[Tensor], vector: Sequence[Tensor]) -> list[Tensor]:
+        return [w * same for w, same in zip(vector, self._left)]
 
 
-def _explained(before: Sequence[Tensor], after: Sequence[Tensor]) -> Clipping:
+def _explained(before: Sequence[Tensor], after: Sequence[Tensor]) -> Clipping | None:
     norms = [torch.nn.utils.get_total_norm(list(tensors)) for tensors in (before, after)]
     factor = norms[1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
     tolerance = 100 * torch.finfo(norms[0].dtype).eps
     difference = torch.nn.utils.get_total_norm([a - factor * b for a, b in zip(after, before)])
-    if factor < 1 and difference <= tolerance * norms[1]:
+    is_scaled = difference <= tolerance * norms[1]
+    # A gradient that is not finite has no meta step, whatever a hook makes of it.
+    if not torch.isfinite(norms[0]) or (is_scaled and abs(1 - factor) <= tolerance):
+        return None
+    if is_scaled and factor < 1:
         return ClipByNorm(float(factor * (norms[0] + 1e-6)), norms[0])
     largest = float(max(g.abs().max() for g in after if g.numel()))
-    if all(torch.equal(a, b.clamp(-largest, largest)) for a, b in zip(after, before)):
-        return ClipByValue(largest)
+    left = [a == b for a, b in zip(after, before)]
+    if all(bool((same | (a == 0) | (a.abs() == largest)).all()) for same, a in zip(left, after)):
+        return _Pinned(left)
     raise ValueError(
-        "`configure_gradient_clipping` changes the gradient in a way that the hypergradient does not know: neither by "
-        "its norm nor element-wise by value. Clip with `self.clip_gradients(optimizer, gradient_clip_val=..., "
-        "gradient_clip_algorithm=...)`, or leave the gradient as it is."
+        "a hook, as `configure_gradient_clipping`, changes the gradient in a way that the hypergradient does not know: "
+        "neither by its norm, nor by a bound, nor to zero. Clip with `self.clip_gradients(optimizer, gradient_clip_val="
+        "...)`, leave the gradient as it is, or learn nothing with `meta_every=None`."
     )
