@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_adalfl.checks import one_of
 from lightning_adalfl.losses.output_gradient import Pairs
 
-# Of the generalised cross-entropy (Zhang & Sabuncu, 2018); the value of that paper.
-BOUNDED_EXPONENT = 0.7
+# Of the generalised cross-entropy (Zhang & Sabuncu, 2018), and of the cross-entropy, which wins lost classes back.
+BOUNDED_EXPONENT, BOUNDED_LEAK = 0.7, 0.3
 
 
 class Task(ABC):
@@ -65,7 +65,7 @@ class Task(ABC):
         return (self._losses(predictions, target) * counts).sum()
 
     def bounded_loss(self, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return a loss that no single instance can rule: for classification the generalised cross-entropy."""
+        """Return what few instances cannot rule: for classification the generalised cross-entropy, with a leak."""
         target, counts = self._prepared(predictions, target, weight)
         return (self._bounded_losses(predictions, target) * counts).sum()
 
@@ -271,8 +271,8 @@ def _log(probability: Tensor) -> Tensor:
 
 
 def _bounded(log_probability: Tensor) -> Tensor:
-    """Return ``(1 - p^q) / q``, by `expm1`, since the slope of ``1 - p ** q`` is NaN once p underflows."""
-    return torch.expm1(BOUNDED_EXPONENT * log_probability).neg() / BOUNDED_EXPONENT
+    """Return ``(1 - p^q) / q - λ log p``, by `expm1`, since the slope of ``1 - p ** q`` is NaN once p underflows."""
+    return -torch.expm1(BOUNDED_EXPONENT * log_probability) / BOUNDED_EXPONENT - BOUNDED_LEAK * log_probability
 
 
 def _check_kind(predictions: Tensor, target: Tensor) -> None:
