@@ -393,8 +393,8 @@ def test_tokens_of_a_sequence_count_together_and_those_without_weight_not_at_all
     torch.testing.assert_close(flat[:, 1], losses)
 
 
-@pytest.mark.parametrize("distance", [1.0, 4.0])
-def test_losses_count_unless_those_held_out_differ_twice_as_much(distance: float) -> None:
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_losses_count_unless_those_held_out_differ_twice_as_much(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(200, 6, generator=generator)
     rows[:, 0] = 1
@@ -402,10 +402,11 @@ def test_losses_count_unless_those_held_out_differ_twice_as_much(distance: float
     probes = torch.rand(50, 2, 5, generator=generator)
     probes[..., 0] = 1
     probes[:, 1, 1] += 0.5  # a wrong target agrees less with the others, and has a larger loss
-    probes[:, 1, 2] += distance
+    probes[:, 1, 2] += 0.5
+    probes[..., 2] *= scale
     table = InfluenceTable("multiclass", rows, probes, torch.ones(50, 1))
     by_agreement = np.argsort(-table.mean("agreement"), kind="stable")
-    assert np.array_equal(table.ranking(), by_agreement) == (distance > 2)
+    assert np.array_equal(table.ranking(), by_agreement) == (scale > 2)
 
 
 def test_a_million_instances_take_24_megabytes(tmp_path: Path) -> None:

@@ -155,10 +155,10 @@ class InfluenceTable:
         x, found = (np.concatenate([right, wrong]) - centre) / spread, (found - centre) / spread
         y = np.repeat([0.0, 1.0], [len(right), len(wrong)])
         counts = np.append(np.ones(len(right)), counts * len(right) / counts.sum())
-        odds, share = _regressed(x[:, :1], y, counts, found[:, :1])
+        odds, share = _regressed(x, y, counts, found)
         # Losses of training targets that are known by heart, or by a wrong rule, differ less than those held out would.
-        if np.cov(x[:, 1], aweights=counts * np.where(y > 0, share, 1 - share)) < 2**2:
-            odds, share = _regressed(x, y, counts, found)
+        if np.cov(x[:, 1], aweights=counts * np.where(y > 0, share, 1 - share)) > 2**2:
+            odds, share = _regressed(x[:, :1], y, counts, found[:, :1])
         return odds, share
 
     def _features(self, means: Values) -> Values:
