@@ -18,7 +18,7 @@ import torch
 from projects import Plain, Smooth, adaptive, loaders, make, trainer
 
 import lightning_adalfl
-from lightning_adalfl import AdaLFLConfig
+from lightning_adalfl import AdaLFLConfig, AdaLFLMixin
 from lightning_adalfl.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +49,10 @@ def test_the_code_of_a_page_runs(
         assert float(learned) < 0.01
         assert round(float(own), 1) == 0.5
         assert int(re.findall(r"(\d+)% of the 100 worst are wrong", printed)[0]) >= 90
+    if page.name == "recipes.md":
+        made = [value for value in namespace.values() if isinstance(value, AdaLFLMixin)]
+        assert len(made) == page.read_text().count("\n## ") == 10
+        assert all(module.adalfl.meta_steps > 0 and not module.adalfl.skipped for module in made)
 
 
 def test_the_readme_and_the_tutorial_have_code() -> None:

@@ -685,7 +685,9 @@ class GivenMetaBatches(Trusting):
         return self.given
 
 
-@pytest.mark.parametrize("options", [{}, {"own_loss": False}, {"loss": "taylor_cubic"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"own_loss": False}, {"loss": "taylor_cubic"}, {"learn": "nothing"}, {"learn": "lr"}], ids=str
+)
 @pytest.mark.parametrize("name", BAD_BATCHES)
 def test_a_batch_that_cannot_be_right_is_refused_by_name(tmp_path: Any, name: str, options: dict[str, Any]) -> None:
     bad, message = BAD_BATCHES[name]

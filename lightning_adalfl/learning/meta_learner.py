@@ -89,7 +89,7 @@ class MetaLearner:
     def check(self, predicted: Predicted) -> None:
         """Raise a ``ValueError`` unless a first batch of predictions and targets fits the task and the task loss."""
         try:
-            if self.loss is not None:
+            if self.loss is not None or isinstance(self.config.task_loss, str):
                 self.task.check_values(predicted.predictions.detach(), predicted.target, predicted.weight)
         except ValueError as error:
             if isinstance(self.config.task_loss, str) or not self.config.own_loss:
