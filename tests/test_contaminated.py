@@ -11,6 +11,7 @@ import pytest
 import regret
 import regret_report
 import torch
+import two_errors
 from contaminated_tasks import TASKS, friedman, shifted, trusted_rows
 from regret import Job, jobs, run
 from rivals import METHODS, generalised_cross_entropy
@@ -97,3 +98,9 @@ def test_the_page_is_what_the_records_say() -> None:
 
 def _shortened(task: Any) -> Any:
     return type(task)(**{**vars(task), "steps": 12})
+
+
+def test_the_picture_of_the_readme_is_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "two_errors.png"
+    two_errors.main(["--steps", "40", "20", "--output", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
