@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         draw(axes, steps)
         axes.set_xlabel("training step")
         axes.grid(alpha=0.3)
-        axes.legend(loc=(0.5, height))
+        axes.legend(loc=(0.46, height))
     figure.savefig(options.output, dpi=100)
 
 
