@@ -123,7 +123,7 @@ class NotedClipping:
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
         run = self._adalfl_online()  # type: ignore[attr-defined]
         if optimizer is run.optimizer:
-            run.gradient.see()
+            run.gradient.see(refuses=False)
             run.check_evaluation()
         if self._adalfl_takes_step:
             self.configure_gradient_clipping(optimizer, gradient_clip_val=None, gradient_clip_algorithm=None)
@@ -173,15 +173,15 @@ class GradientPath(Clipping):
         """Keep the gradient as it is, but for a factor that a gradient scaler will take out."""
         self._kept = [(p, gradient, version(gradient), gradient / scale) for p, gradient in self.now()]
 
-    def see(self) -> None:
-        """Note what has been made of the gradient since it was kept.
+    def see(self, refuses: bool = True) -> None:
+        """Note what has been made of the gradient since it was kept; what is not known counts as not changing it.
 
         Raises:
-            ValueError: If it has been changed in another way than by its norm, by a bound on elements, or to zero.
+            ValueError: If it has been changed in another way than by its norm, by a bound, or to zero, and it refuses.
         """
         kept, self._kept = [entry for entry in self._kept if entry[0].grad is not None], []
         if any(p.grad is not gradient or version(gradient) != number for p, gradient, number, _ in kept):
-            self.note(_explained([before for *_, before in kept], [p.grad for p, *_ in kept]))  # type: ignore[misc]
+            self.note(_explained([before for *_, before in kept], [p.grad for p, *_ in kept], refuses))  # type: ignore
 
     def note(self, clipping: Clipping | None) -> None:
         """Take in a clipping, if any, with the gradient that it has left."""
@@ -205,7 +205,7 @@ class _Pinned(Clipping):
         return [w * same for w, same in zip(vector, self._left)]
 
 
-def _explained(before: Sequence[Tensor], after: Sequence[Tensor]) -> Clipping | None:
+def _explained(before: Sequence[Tensor], after: Sequence[Tensor], refuses: bool) -> Clipping | None:
     norms = [torch.nn.utils.get_total_norm(list(tensors)) for tensors in (before, after)]
     factor = norms[1] / norms[0].clamp_min(torch.finfo(norms[0].dtype).tiny)
     tolerance = 100 * torch.finfo(norms[0].dtype).eps
@@ -220,8 +220,10 @@ def _explained(before: Sequence[Tensor], after: Sequence[Tensor]) -> Clipping | 
     left = [a == b for a, b in zip(after, before)]
     if all(bool((same | (a == 0) | (a.abs() == largest)).all()) for same, a in zip(left, after)):
         return _Pinned(left)
+    if not refuses:
+        return None
     raise ValueError(
-        "a hook, as `configure_gradient_clipping`, changes the gradient in a way that the hypergradient does not know: "
+        "`configure_gradient_clipping` changes the gradient in a way that the hypergradient does not know: "
         "neither by its norm, nor by a bound, nor to zero. Clip with `self.clip_gradients(optimizer, gradient_clip_val="
         "...)`, leave the gradient as it is, or learn nothing with `meta_every=None`."
     )
