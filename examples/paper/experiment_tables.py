@@ -52,6 +52,7 @@ ROWS = {
 }
 STEPS = 10_000
 MISSING = "not run"
+NOT_RUN = "Not run; `reproduce.py` runs it."
 
 
 class Block(NamedTuple):
@@ -163,23 +164,28 @@ def beside_the_paper(runs: Runs, methods: Sequence[str]) -> list[str]:
     lines = head(["", "", "seeds", *(LABELS[method] for method in methods)])
     for row, label in ROWS.items():
         found = [runs.of(row, method) for method in methods]
+        if not any(found):
+            continue
         papers = [paper_number(*row.split("/"), method) for method in methods]
         lines.append(line([label, "ours", seeds_of(found), *map(outcome, found)]))
         if any(papers):
             known = ["–" if paper is None else f"{paper[0]:.4f} ± {paper[1]:.4f}" for paper in papers]
             lines.append(line(["", "the paper", "10", *known]))
-    return lines
+    return lines if len(lines) > 2 else [NOT_RUN]
 
 
 def ablation(runs: Runs, name: str, rows: Sequence[str]) -> list[str]:
     """Return a table with a line for each row of an ablation: ours, on the tasks given, and the paper's."""
-    methods = list(ABLATIONS[name])
-    lines = head(["", *(f"{ROWS[row]}" for row in rows), "the paper"])
+    methods = [method for method in ABLATIONS[name] if any(runs.of(row, method) for row in rows)]
+    was_run = [row for row in rows if any(runs.of(row, method) for method in methods)]
+    if not set(methods) - set(LABELS):
+        return [NOT_RUN]
+    lines = head(["", *(ROWS[row] for row in was_run), "the paper"])
     for method in methods:
         numbers = [paper_number(*row.split("/"), method) for row in rows]
         number = next((n for n in numbers if n is not None), None)
         known = "–" if number is None else f"{number[0]:.4f} ± {number[1]:.4f}"
-        lines.append(line([method, *(outcome(runs.of(row, method)) for row in rows), known]))
+        lines.append(line([method, *(outcome(runs.of(row, method)) for row in was_run), known]))
     return lines
 
 

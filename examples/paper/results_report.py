@@ -68,6 +68,8 @@ def controls(runs: Runs) -> list[str]:
     lines = head(["", "seeds", *(LABELS[method] for method in CONTROLS)])
     for row, label in ROWS.items():
         found = [runs.of(row, method) for method in CONTROLS]
+        if not any(found):
+            continue
         counts = {len(records) for records in found if records}
         seeds = "–".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else "0"
         lines.append(line([label, seeds, *map(outcome, found)]))
@@ -85,9 +87,10 @@ def claim(runs: Runs) -> list[str]:
         "MetaLR": lambda row: runs.of(row, "metalr"),
         "ML³ (no online phase)": lambda row: runs.of(row, "ml3"),
     }
-    lines = head(["AdaLFL's error less that of", *ROWS.values()])
+    rows = [row for row in ROWS if runs.of(row, "adalfl")]
+    lines = head(["AdaLFL's error less that of", *(ROWS[row] for row in rows)])
     for label, records_of in against.items():
-        lines.append(line([label, *(difference(runs.of(row, "adalfl"), records_of(row)) for row in ROWS)]))
+        lines.append(line([label, *(difference(runs.of(row, "adalfl"), records_of(row)) for row in rows)]))
     return lines
 
 
