@@ -79,6 +79,8 @@ def all_records(folder: Path = RECORDS) -> list[Record]:
 def row_errors(runs: Runs, task: str, fraction: float, stopped: bool) -> dict[str, float]:
     """Return the mean error of each method that was run on a task, over the seeds that all of them have.
 
+    A task without a run of the library has none.
+
     Args:
         runs: The records.
         task: Its name.
@@ -90,7 +92,7 @@ def row_errors(runs: Runs, task: str, fraction: float, stopped: bool) -> dict[st
     if not stopped:
         found |= {f"{name} stopped": runs.errors(task, name, fraction, True) for name in STOPPED}
     found = {name: errors for name, errors in found.items() if errors}
-    seeds = set.intersection(*map(set, found.values())) if found else set()
+    seeds = set.intersection(*map(set, found.values())) if "ours" in found else set()
     return {name: mean(errors[seed] for seed in seeds) for name, errors in found.items()} if seeds else {}
 
 
@@ -140,8 +142,8 @@ def regret(runs: Runs, fraction: float, stopped: bool = False) -> list[str]:
 
 
 def errors(runs: Runs, fraction: float, groups: Sequence[str], stopped: bool = False) -> list[str]:
-    """Return the errors of every method on every task of some groups."""
-    tasks = tasks_of(*groups)
+    """Return the errors of every method on the tasks of some groups that the library was run on."""
+    tasks = [task for task in tasks_of(*groups) if runs.errors(task, "ours", fraction)]
     lines = head(["", *tasks])
     names = [*METHODS, *(f"{name} stopped" for name in STOPPED if not stopped)]
     for name in names:
