@@ -14,13 +14,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch.utils.data import DataLoader, TensorDataset
-from wrong_targets import FASHION, AdaNetwork, convolutional, read_images
+from torch.utils.data import TensorDataset
+from wrong_targets import FASHION, AdaNetwork, convolutional, fit, read_images
 
 from lightning_adalfl import AdaLFLConfig, InfluenceLogger
 
@@ -32,17 +31,9 @@ def worst(folder: Path) -> tuple[Any, Any, Any, Any]:
     """Return the row numbers of the most suspicious images, these, their labels and what the network predicts."""
     torch.manual_seed(0)
     train, held_out = (TensorDataset(*read_images(folder, part)) for part in ("train", "t10k"))
-    logger, module = (
-        InfluenceLogger(),
-        AdaNetwork(
-            convolutional(), F.cross_entropy, 1e-3, adalfl=AdaLFLConfig("multiclass", learn="nothing", meta_every=1)
-        ),
-    )
-    L.Trainer(
-        **{"max_epochs": 4, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": [logger]},
-        default_root_dir="mislabelled",
-    ).fit(module, DataLoader(train, 128, shuffle=True), DataLoader(held_out, 128))
+    logger, config = InfluenceLogger(), AdaLFLConfig("multiclass", learn="nothing", meta_every=1)
+    module = AdaNetwork(convolutional(), F.cross_entropy, 1e-3, adalfl=config)
+    fit(module, train, held_out, 4, "mislabelled", logger, batch=128)
     rows = logger.table.ranking()[:SHOWN]
     x, y = (t[torch.from_numpy(rows.copy())] for t in train.tensors)
     with torch.no_grad():

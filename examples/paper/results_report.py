@@ -27,6 +27,7 @@ from experiment_tables import (
     head,
     line,
     outcome,
+    seeds_of,
     stopped_early,
 )
 from reproduce import RECORDS, read
@@ -70,9 +71,7 @@ def controls(runs: Runs) -> list[str]:
         found = [runs.of(row, method) for method in CONTROLS]
         if not any(found):
             continue
-        counts = {len(records) for records in found if records}
-        seeds = "–".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else "0"
-        lines.append(line([label, seeds, *map(outcome, found)]))
+        lines.append(line([label, seeds_of(found), *map(outcome, found)]))
     return lines
 
 
