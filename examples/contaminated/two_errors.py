@@ -11,6 +11,8 @@ import argparse
 import logging
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +63,15 @@ class Curve(L.Callback):
             axes.plot(*place, "o", mfc="white", color=color, label=f"{label.split(',')[0]}, early-stopped", zorder=3)
 
 
-def fit(module: L.LightningModule, curve: Curve, train: DataLoader[Any], steps: int, **options: Any) -> Curve:
-    """Train, and return the curve."""
+def fit(make: Callable[[], L.LightningModule], curve: Curve, train: TensorDataset, steps: int, **options: Any) -> Curve:
+    """Train what is made from the same random state each time, and return the curve."""
+    L.seed_everything(0, verbose=False)
+    module = make()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(
         max_steps=steps, callbacks=[curve], accelerator="cpu", enable_model_summary=False, **quiet, **options
     )
-    trainer.fit(module, train)
+    trainer.fit(module, DataLoader(train, batch_size=64, shuffle=True))
     return curve
 
 
@@ -75,15 +79,13 @@ def draw_values(axes: Axes, steps: int) -> None:
     """Draw values of which 30% are too low."""
     train, trusted, test = regression.load_rows(0.3, 0)
 
-    def run(kind: type[L.LightningModule], **options: Any) -> Curve:
-        L.seed_everything(0, verbose=False)
-        loader = DataLoader(train, batch_size=64, shuffle=True)
-        return fit(kind(**options), Curve(F.mse_loss, trusted, test), loader, steps)
+    def draw(make: Callable[[], L.LightningModule], *how: Any, **options: Any) -> None:
+        fit(make, Curve(F.mse_loss, trusted, test), train, steps).draw(axes, *how, **options)
 
     config = AdaLFLConfig("regression", meta_data=DataLoader(trusted, batch_size=64, shuffle=True))
-    run(regression.LitRegressor).draw(axes, "own loss, squared error", OWN, stops=True)
-    run(regression.LitRegressor, loss=F.l1_loss).draw(axes, "absolute error", OTHER)
-    run(regression.AdaRegressor, adalfl=config).draw(axes, "with lightning_adalfl", OURS)
+    draw(regression.LitRegressor, "own loss, squared error", OWN, stops=True)
+    draw(partial(regression.LitRegressor, loss=F.l1_loss), "absolute error", OTHER)
+    draw(partial(regression.AdaRegressor, adalfl=config), "with lightning_adalfl", OURS)
     axes.set(title="30% of the values are too low", ylabel="test error, mean squared", yscale="log")
 
 
@@ -94,14 +96,13 @@ def draw_digits(axes: Axes, steps: int) -> None:
     def error(predictions: Tensor, target: Tensor) -> Tensor:
         return (predictions.argmax(1) != target).float().mean()
 
-    def run(kind: type[L.LightningModule], **options: Any) -> Curve:
-        L.seed_everything(0, verbose=False)
-        loader = DataLoader(train, batch_size=64, shuffle=True)
-        return fit(kind(**options), Curve(error, trusted, test), loader, steps, gradient_clip_val=5.0)
+    def draw(make: Callable[[], L.LightningModule], *how: Any, **options: Any) -> None:
+        curve = fit(make, Curve(error, trusted, test), train, steps, gradient_clip_val=5.0)
+        curve.draw(axes, *how, **options)
 
     config = AdaLFLConfig("multiclass", meta_data=DataLoader(trusted, batch_size=64))
-    run(noisy_labels.LitDigits).draw(axes, "own loss, cross-entropy", OWN, stops=True)
-    run(noisy_labels.AdaDigits, adalfl=config).draw(axes, "with lightning_adalfl", OURS)
+    draw(noisy_labels.LitDigits, "own loss, cross-entropy", OWN, stops=True)
+    draw(partial(noisy_labels.AdaDigits, adalfl=config), "with lightning_adalfl", OURS)
     axes.set(title="40% of the digits have another's label", ylabel="test error, share of digits", ylim=(0, None))
 
 

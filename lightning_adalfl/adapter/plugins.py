@@ -150,7 +150,7 @@ class NotedClipping:
         is_by_value = str(getattr(algorithm, "value", algorithm)).lower() == "value"
         gradient.see()
         before = gradient.now() if value and is_its else []
-        total = norm([gradient for _, gradient in before]) if before and not is_by_value else None
+        total = norm([g for _, g in before]) if before and not is_by_value else None
         super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)  # type: ignore[misc]
         if before:
             gradient.note(ClipByValue(float(value)) if total is None else ClipByNorm(float(value), total))
