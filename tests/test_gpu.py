@@ -171,6 +171,7 @@ class NoWaiting(L.Callback):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.usefixtures("_waiting_is_allowed_afterwards")
 @pytest.mark.parametrize("classes", [10, 1000])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])

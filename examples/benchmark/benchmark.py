@@ -4,15 +4,16 @@ python examples/benchmark/benchmark.py --json benchmark.json           # half an
 python examples/benchmark/benchmark.py --device cuda --cases ResNet-18
 
 `Trainer.fit` of a plain module is compared with fits of the same module with the mixin, and a loop of one's own with
-the paper's algorithm in this package, in `higher` and in TorchOpt. The ways take turns, so that whatever else runs on
-the machine slows all of them alike, and the median of the turns stands in the table. Memory is measured for each in a
-process of its own: on a GPU what the allocator has given at most; on Linux the peak of the resident memory above that
-of the process before it trains.
+the paper's algorithm in this package, by `torch.func.jvp`, in `higher`, in TorchOpt and in BOAT, where they are
+installed. The ways take turns, so that whatever else runs on the machine slows all of them alike, and the median of the
+turns stands in the table. Memory is on a GPU what the allocator has given at most; on Linux it is measured for each way
+in a process of its own, as the peak of the resident memory above that of the process before it trains.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -22,7 +23,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from benchmark_steps import STEPS, Step
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WARM = 11  # steps that are not counted: with `meta_every=10` the first meta step is among them
-TURN_SECONDS = 1.0  # of the plain fit or loop, at least
+TURN_SECONDS = 1.0
 BASELINES = {"fit": "plain", "loop": "plain loop"}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -114,7 +114,7 @@ def measure(name: str, kind: str, args: argparse.Namespace) -> list[dict[str, An
         return loop_seconds(case, way, steps, args.device)
 
     baseline, ways = BASELINES[kind], list(FITS if kind == "fit" else STEPS)
-    steps = 10 * max(1, min(100, round(TURN_SECONDS / seconds(baseline, 10) / 10)))
+    steps = 10 * max(1, min(100, round(args.seconds / seconds(baseline, 10) / 10)))
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(args.turns):
         for way in ways:
@@ -134,33 +134,36 @@ def measure(name: str, kind: str, args: argparse.Namespace) -> list[dict[str, An
 
 
 def peak_mb(name: str, way: str, args: argparse.Namespace) -> float | None:
-    """Return the peak memory of a process that trains in this way; ``None`` where the system does not tell."""
-    if args.device == "cpu" and not CLEAR.exists():
+    """Return the peak memory of training in this way; ``None`` where the system does not tell."""
+    if args.device == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        train_once(CASES[name], way, args.device, args.precision)
+        return torch.cuda.max_memory_allocated() / 2**20
+    if not CLEAR.exists():
         return None
-    options = ["--memory-of", name, way, "--device", args.device, "--precision", args.precision]
-    command = [sys.executable, "-W", "ignore", __file__, *options, "--threads", str(args.threads)]
+    command = [sys.executable, "-W", "ignore", __file__, "--memory-of", name, way]
+    command += ["--precision", args.precision, "--threads", str(args.threads)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return float(done.stdout.split()[-1])
 
 
-def print_own_peak(name: str, way: str, device: str, precision: str) -> None:
+def print_own_peak(name: str, way: str, precision: str) -> None:
     """Train in this process, and print its peak in MB."""
-    case = CASES[name]
-    train: Callable[[], float] = (
-        (lambda: fit_seconds(case, way, 1, device, precision))
-        if way in FITS
-        else (lambda: loop_seconds(case, way, 1, device))
-    )
-    if device == "cuda":
-        train()
-        print(torch.cuda.max_memory_allocated() / 2**20)
-        return
     before = _resident_mb("VmRSS")
     CLEAR.write_text("5")  # the peak is now what is held
-    train()
+    train_once(CASES[name], way, "cpu", precision)
     print(_resident_mb("VmHWM") - before)
+
+
+def train_once(case: Case, way: str, device: str, precision: str) -> None:
+    """Take the steps that are not counted, and one more."""
+    if way in FITS:
+        fit_seconds(case, way, 1, device, precision)
+    else:
+        loop_seconds(case, way, 1, device)
 
 
 def _resident_mb(field: str) -> float:
@@ -183,6 +186,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--kinds", nargs="+", choices=BASELINES, default=list(BASELINES))
     parser.add_argument("--turns", type=int, default=5, help="that the ways take")
+    parser.add_argument("--seconds", type=float, default=TURN_SECONDS, help="of the plain fit or loop in a turn")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", default="32-true", help="of the fits, as the Trainer has it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -198,7 +202,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if args.memory_of:
-            print_own_peak(*args.memory_of, args.device, args.precision)
+            print_own_peak(*args.memory_of, args.precision)
             return records
         for name in args.cases:
             for kind in args.kinds:

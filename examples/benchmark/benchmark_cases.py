@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet50
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLMixin
 
@@ -104,6 +104,7 @@ CASES = {
     "LeNet-5": Case(lenet5, (1, 28, 28), 10, 128),
     "AllCNN-C": Case(allcnnc, (3, 32, 32), 10, 32),
     "ResNet-18": Case(small_resnet18, (3, 32, 32), 10, 32),
+    "ResNet-50": Case(lambda: resnet50(num_classes=1000), (3, 224, 224), 1000, 32),
     "MLP, 1,000 classes": Case(lambda: perceptron(1000), (256,), 1000, 128),
     "MLP, 8,000 classes": Case(lambda: perceptron(8000), (256,), 8000, 256),
     "language model": Case(lambda: LanguageModel(8000, 64), (64,), 8000, 8, is_text=True),

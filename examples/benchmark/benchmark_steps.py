@@ -1,4 +1,4 @@
-"""One step of the paper's algorithm in a loop of one's own: with this package, with `higher`, and with TorchOpt.
+"""One step of the paper's algorithm in a loop of one's own: with this package, and with what stands in for it.
 
 The base step descends the learned loss alone, and the meta step follows each; that is what the others can do.
 """
@@ -6,14 +6,17 @@ The base step descends the learned loss alone, and the meta step follows each; t
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import partial
 from itertools import repeat
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from benchmark_cases import LR, Batch
 from torch import Tensor, nn
+from torch.func import functional_call, jvp
 
 from lightning_adalfl import AdaLFLConfig, LearnedLoss, LossNetwork, MetaLearner
 
@@ -84,6 +87,72 @@ def with_torchopt(model: nn.Module) -> Step:
     return step
 
 
+def with_boat(model: nn.Module) -> Step:
+    """BOAT's naive gradient descent with reverse differentiation, which are `higher`'s with two more forward passes."""
+    import boat_torch
+
+    loss, meta_optimizer = _learned(model)
+    here = {f"{level}_level_loss": {"function": f"{__name__}.boat_{level}_loss"} for level in ("lower", "upper")}
+    config = {
+        **{
+            "fo_op": None,
+            "gm_op": ["NGD"],
+            "na_op": ["RAD"],
+            "lower_iters": 1,
+            "device": next(model.parameters()).device,
+        },
+        **{"lower_level_model": model, "lower_level_var": list(model.parameters())},
+        **{"upper_level_model": loss, "upper_level_var": list(loss.parameters()), "upper_level_opt": meta_optimizer},
+        **{"lower_level_opt": torch.optim.SGD(model.parameters(), lr=LR), "copy_last_param": True},
+        **{"GDA": {"alpha_init": 0.0, "alpha_decay": 1.0}, "RGT": {"truncate_iter": 0}},
+        **{"accumulate_grad": False, "return_grad": False, "loss_log_path": os.devnull},
+    }
+    problem = boat_torch.Problem(config, here)
+    problem.build_ll_solver()
+    problem.build_ul_solver()
+
+    def step(batch: Batch, held_out: Batch) -> None:
+        problem.run_iter({"batch": batch}, {"batch": held_out}, current_iter=0)
+
+    return step
+
+
+def boat_lower_loss(feed: Any, loss: nn.Module, model: nn.Module) -> Tensor:
+    """Return the learned loss; BOAT wants its name."""
+    x, y = feed["batch"]
+    return loss(model(x), y)
+
+
+def boat_upper_loss(feed: Any, loss: nn.Module, model: Any, params: Any = None) -> Tensor:
+    """Return the cross-entropy; BOAT wants its name."""
+    x, y = feed["batch"]
+    return F.cross_entropy(model(x) if params is None else model(x, params=params), y)
+
+
+def with_jvp(model: nn.Module) -> Step:
+    """The same product in forward mode by `torch.func.jvp`, which runs the base batch again.
+
+    What a script for one model does: dropout is drawn anew, and buffers are copied.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    loss, meta_optimizer = _learned(model)
+
+    def step(batch: Batch, held_out: Batch) -> None:
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        optimizer.zero_grad()
+        loss(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+        value = F.cross_entropy(model(held_out[0]), held_out[1])
+        u = dict(zip(before, torch.autograd.grad(value, list(model.parameters()))))
+        f, moved = jvp(lambda p: functional_call(model, {**p, **buffers}, (batch[0],)), (before,), (u,))
+        f = f.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(f, batch[1]), f, create_graph=True)
+        _meta_step(meta_optimizer, loss, -LR * (gradient * moved.detach()).sum())
+
+    return step
+
+
 def _network() -> LossNetwork:
     torch.manual_seed(0)
     return LossNetwork("multiclass")
@@ -111,10 +180,6 @@ STEPS: dict[str, Callable[[nn.Module], Step]] = {
     "MetaLearner, finite_difference": partial(learner, way="finite_difference"),
     "MetaLearner, reverse": partial(learner, way="reverse"),
 }
-STEPS.update(
-    {
-        f"{name}, unrolled": build
-        for name, build in (("higher", with_higher), ("torchopt", with_torchopt))
-        if importlib.util.find_spec(name)
-    }
-)
+STEPS["torch.func.jvp"] = with_jvp
+_PACKAGES = {"higher": with_higher, "torchopt": with_torchopt, "boat_torch": with_boat}
+STEPS |= {f"{name}, unrolled": build for name, build in _PACKAGES.items() if importlib.util.find_spec(name)}

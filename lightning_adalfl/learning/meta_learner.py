@@ -19,7 +19,7 @@ from lightning_adalfl.learning.learned_rate import LearnedRate
 from lightning_adalfl.learning.learner_state import Undo, configuration_of, state_of, take_over
 from lightning_adalfl.learning.recorded_forward import Predict
 from lightning_adalfl.learning.torch_private import norm
-from lightning_adalfl.losses.descent import Predicted
+from lightning_adalfl.losses.descent import Descent, Predicted
 from lightning_adalfl.losses.tasks import check_task_loss, task_named
 from lightning_adalfl.losses.training_objective import OwnLoss, initial_objective
 
@@ -50,7 +50,6 @@ class MetaLearner:
         base_steps, answered, meta_steps: Base steps, those up to the last that a meta step followed, and meta steps.
         skipped: Meta steps left out, since the hypergradient or the task loss was not finite.
         is_initialised: Whether φ needs no offline phase, since one has run or φ was given.
-        scalars: The newest values of what is logged, by name.
         last_step: The newest hypergradient.
 
     Raises:
@@ -67,8 +66,9 @@ class MetaLearner:
         self.loss = self.objective.loss
         self.rate = LearnedRate(RATE_HORIZON if config.own_loss else 1) if config.learns_lr else None
         self.base_steps = self.answered = self.meta_steps = 0
-        self.scalars: dict[str, Tensor] = {}
+        self._scalars: dict[str, Tensor] = {}
         self.last_step: Hypergradient | None = None
+        self._descent: Descent | None = None
         self.skipped, self._has_warned = torch.zeros(()), False
         self.start()
 
@@ -164,7 +164,10 @@ class MetaLearner:
             tensors = [*found.loss.values(), *(t for t in (found.log_lr, found.along) if t is not None)]
             if scale is None or scale.fits(tensors):
                 break
-        self._note(found, last)
+        self._scalars["adalfl/task_loss"] = found.task_loss
+        if found.evidence is not None and self.config.own_loss:
+            self._scalars["adalfl/evidence"] = found.evidence
+        self._descent, self._base_lr = last.forwards[-1].descent, last.optimizer.param_groups[0]["lr"]
         if watch is not None:
             watch(last, found)
         found.direction = None  # as large as θ
@@ -196,22 +199,18 @@ class MetaLearner:
         is_finite = torch.isfinite(size + found.task_loss.to(size) + moved.to(size))
         undo.unless(is_finite)
         self.skipped = self.skipped.to(is_finite.device) + (~is_finite).float()
-        self.scalars["adalfl/meta_grad_norm"] = size
-        self.scalars["adalfl/skipped_meta_steps"] = self.skipped
-        if self.rate is not None:
-            self.scalars["adalfl/lr_scale"] = self.rate.log_scale.detach().exp()
+        self._scalars["adalfl/meta_grad_norm"] = size
 
-    def _note(self, found: Hypergradient, step: BaseStep) -> None:
-        """Take in the scalars that are logged."""
-        self.scalars["adalfl/task_loss"] = found.task_loss
-        if found.evidence is not None and self.config.own_loss:
-            self.scalars["adalfl/evidence"] = found.evidence
-        descent, lr = step.forwards[-1].descent, step.optimizer.param_groups[0]["lr"]
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """The newest values of what is logged, by name; what costs a pass over the predictions is computed here."""
+        found, descent = dict(self._scalars), self._descent
         if descent is not None and self.learned:
-            rate = lr if self.rate is None else lr * self.rate.log_scale.detach().exp()
-            self.scalars["adalfl/implied_lr"] = descent.implied_scale() * rate
+            found["adalfl/skipped_meta_steps"] = self.skipped
+            found["adalfl/implied_lr"] = descent.implied_scale() * (self._base_lr * self.lr_scale)
         if descent is not None and self.loss is not None:
-            self.scalars["adalfl/learned_loss"] = descent.value()
+            found["adalfl/learned_loss"] = descent.value()
+        return found if self.rate is None else {**found, "adalfl/lr_scale": self.rate.log_scale.detach().exp()}
 
     def warn_of_skipped(self) -> None:
         """Warn once if a meta step was left out; it reads a number from the device."""
@@ -254,7 +253,7 @@ class MetaLearner:
         self.start()
         self.is_initialised = True
         self.meta_steps = self.answered = 0
-        self.scalars = {}
+        self._scalars, self._descent = {}, None
 
     @torch.no_grad()
     def set_phi(self, values: Mapping[str, Tensor]) -> None:
@@ -297,4 +296,4 @@ class MetaLearner:
         return learner
 
     def __getstate__(self) -> dict[str, Any]:  # a copy has no part in the step that is under way
-        return {**self.__dict__, "last_step": None, "scalars": {}}
+        return {**self.__dict__, "last_step": None, "_scalars": {}, "_descent": None}

@@ -48,7 +48,7 @@ class KnotGradient(OutputGradient):
     def __init__(self, loss: LearnedLoss, pairs: Pairs) -> None:
         self._pairs, p = pairs, pairs.prediction.detach()
         # What fits the cache of a processor is fastest there; an accelerator wants larger pieces.
-        self._chunk = 1 << (16 if p.device.type == "cpu" else 22)
+        self._chunk = 1 << (15 if p.device.type == "cpu" else 22)
         classes = p.shape[1]
         self._classes = classes if loss.tells_apart(classes) else None
         grid = torch.linspace(0.0, 1.0, KNOTS, dtype=p.dtype, device=p.device)
@@ -121,14 +121,15 @@ class KnotGradient(OutputGradient):
         """Add the tangents to the coefficients that they meet."""
         for part, begin, weight in self._chunks(p, starts, tangent):
             window, u = self._places(part, begin, function)
-            for k in range(4):
-                moments[k].index_add_(0, window, weight)
-                weight = weight * u if k < 3 else weight
+            by_power = weight.unsqueeze(1).repeat(1, 4)
+            for k in range(1, 4):
+                torch.mul(by_power[:, k - 1], u, out=by_power[:, k])
+            moments.index_add_(0, window, by_power)
 
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ Σ_i tangent_i · value_i``."""
         pairs, p, functions = self._pairs, self._pairs.prediction.detach(), self._knots.value.numel() // KNOTS
-        moments = p.new_zeros(4, functions * _WINDOWS)
+        moments = p.new_zeros(functions * _WINDOWS, 4)
         if self._classes is not None:
             self._spread(moments, p, tangent, self._pairs_of_classes())
         elif pairs.labels is not None:
@@ -138,7 +139,7 @@ class KnotGradient(OutputGradient):
             self._spread(moments, p.gather(1, labels), of_label, None, function=1)
         else:
             self._spread(moments, p, tangent, pairs.target.long() * _WINDOWS)
-        by_window = torch.einsum("kn,ki->ni", moments, _cubic(moments.dtype, moments.device)).view(-1, _WINDOWS, 4)
+        by_window = (moments @ _cubic(moments.dtype, moments.device)).view(-1, _WINDOWS, 4)
         at_knots = by_window.new_zeros(len(by_window), KNOTS)
         for i in range(4):
             at_knots[:, i : i + _WINDOWS] += by_window[:, :, i]

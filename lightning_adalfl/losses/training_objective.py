@@ -136,6 +136,7 @@ class _BentDescent(Descent):
         self._learned_loss = learned_loss
         self._learned: LearnedGradient | None = None
         self._rho: list[Tensor] | None = None
+        self._known: dict[int, tuple[Tensor, ...]] = {}
         if not is_zero:
             self.refresh()
 
@@ -144,7 +145,7 @@ class _BentDescent(Descent):
             self._learned = LearnedGradient(self._learned_loss, self.predicted, by_outputs=False)
         else:
             self._learned.refresh()
-        self._rho = self.predicted.pulled(self._learned.value)
+        self._rho, self._known = self.predicted.pulled(self._learned.value), {}
 
     def _bend(self, i: int) -> Tensor | None:
         if self._rho is None:
@@ -153,12 +154,15 @@ class _BentDescent(Descent):
         # In this form it is exactly zero where ρ is.
         return torch.where(is_finite, (c - 1) * tau + c * rho, torch.zeros_like(tau))
 
-    def _parts(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _parts(self, i: int) -> tuple[Tensor, ...]:
         """Return τ, ρ and c of an output, and whether τ + ρ is finite; where it is not, τ stands alone."""
-        tau = self.own[i]
-        rho = torch.zeros_like(tau) if self._rho is None else self._rho[i].to(tau.dtype)
-        own, bent = tau.norm(), (tau + rho).norm()
-        return tau, rho, torch.where(bent > own, own / bent, torch.ones_like(own)), torch.isfinite(bent)
+        if i not in self._known:
+            tau = self.own[i]
+            rho = torch.zeros_like(tau) if self._rho is None else self._rho[i].to(tau.dtype)
+            own, bent = tau.norm(), (tau + rho).norm()
+            c = torch.where(bent > own, own / bent, torch.ones_like(own))
+            self._known[i] = tau, rho, c, torch.isfinite(bent)
+        return self._known[i]
 
     def applied(self) -> list[Tensor]:
         parts = map(self._parts, range(len(self.own)))
