@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from projects import adaptive, assert_same, make, tensors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet50
 
 from lightning_adalfl import AdaLFLConfig
 
@@ -126,6 +127,20 @@ def test_it_learns_in_every_precision(tmp_path: Any, precision: str, way: str, c
     assert float(learner.scalars["adalfl/skipped_meta_steps"]) == 0
     assert all(torch.isfinite(p).all() for p in learner.learned.values())
     assert float(learner.loss.linear[-1].weight.detach().abs().max()) > 0
+
+
+@pytest.mark.parametrize("way", ["forward", "finite_difference", "reverse"])
+def test_a_deep_network_whose_kernels_round_to_ten_bits_can_be_run_again(tmp_path: Any, way: str) -> None:
+    class Deep(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Upsample(64), resnet50(num_classes=CLASSES))
+            self.head = self.net[1].fc
+
+    config = AdaLFLConfig("multiclass", meta_every=1, hypergradient=way)
+    module = make(adaptive(Deep), adalfl=config)
+    fit(tmp_path, module)
+    assert module.adalfl.meta_steps >= 10
 
 
 def test_the_ways_to_the_hypergradient_agree_on_the_device(tmp_path: Any) -> None:

@@ -4,7 +4,7 @@ python examples/benchmark/benchmark.py --json benchmark.json           # half an
 python examples/benchmark/benchmark.py --device cuda --cases ResNet-18
 
 `Trainer.fit` of a plain module is compared with fits of the same module with the mixin, and a loop of one's own with
-the paper's algorithm in this package, by `torch.func.jvp`, in `higher`, in TorchOpt and in BOAT, where they are
+the paper's algorithm in this package, in a script of forward mode, in `higher`, in TorchOpt and in BOAT, where they are
 installed. The ways take turns, so that whatever else runs on the machine slows all of them alike, and the median of the
 turns stands in the table. Memory is on a GPU what the allocator has given at most; on Linux it is measured for each way
 in a process of its own, as the peak of the resident memory above that of the process before it trains.
@@ -93,8 +93,8 @@ def run(step: Step, batches: list[Any], steps: int) -> None:
 
 
 def twice_differentiable(way: str) -> AbstractContextManager[Any]:
-    """Return plain attention for what unrolls the step: the fused kernels have no double backward."""
-    unrolls = "reverse" in way or "unrolled" in way
+    """Return plain attention for what differentiates twice or forward: the fused kernels have neither."""
+    unrolls = "reverse" in way or "unrolled" in way or "by hand" in way
     return sdpa_kernel(SDPBackend.MATH) if unrolls else nullcontext()
 
 

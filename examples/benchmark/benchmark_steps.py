@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from benchmark_cases import LR, Batch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.autograd import forward_ad
+from torch.func import functional_call
 
 from lightning_adalfl import AdaLFLConfig, LearnedLoss, LossNetwork, MetaLearner
 
@@ -129,23 +130,24 @@ def boat_upper_loss(feed: Any, loss: nn.Module, model: Any, params: Any = None) 
     return F.cross_entropy(model(x) if params is None else model(x, params=params), y)
 
 
-def with_jvp(model: nn.Module) -> Step:
-    """The same product in forward mode by `torch.func.jvp`, which runs the base batch again.
+def with_forward_ad(model: nn.Module) -> Step:
+    """The same product by torch's forward mode, which runs the base batch again: a script for one model.
 
-    What a script for one model does: dropout is drawn anew, and buffers are copied.
+    Dropout is drawn anew, and what BatchNorm counts is counted twice.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     loss, meta_optimizer = _learned(model)
 
     def step(batch: Batch, held_out: Batch) -> None:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        buffers = {name: b.clone() for name, b in model.named_buffers()}
         optimizer.zero_grad()
         loss(model(batch[0]), batch[1]).backward()
         optimizer.step()
         value = F.cross_entropy(model(held_out[0]), held_out[1])
-        u = dict(zip(before, torch.autograd.grad(value, list(model.parameters()))))
-        f, moved = jvp(lambda p: functional_call(model, {**p, **buffers}, (batch[0],)), (before,), (u,))
+        u = torch.autograd.grad(value, list(model.parameters()))
+        with forward_ad.dual_level(), torch.no_grad():
+            duals = {name: forward_ad.make_dual(p, t) for (name, p), t in zip(before.items(), u)}
+            f, moved = forward_ad.unpack_dual(functional_call(model, duals, (batch[0],)))
         f = f.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(f, batch[1]), f, create_graph=True)
         _meta_step(meta_optimizer, loss, -LR * (gradient * moved.detach()).sum())
@@ -180,6 +182,6 @@ STEPS: dict[str, Callable[[nn.Module], Step]] = {
     "MetaLearner, finite_difference": partial(learner, way="finite_difference"),
     "MetaLearner, reverse": partial(learner, way="reverse"),
 }
-STEPS["torch.func.jvp"] = with_jvp
+STEPS["forward mode, by hand"] = with_forward_ad
 _PACKAGES = {"higher": with_higher, "torchopt": with_torchopt, "boat_torch": with_boat}
 STEPS |= {f"{name}, unrolled": build for name, build in _PACKAGES.items() if importlib.util.find_spec(name)}

@@ -14,7 +14,7 @@ from torch.optim import SGD
 from lightning_adalfl.learning.base_step import BaseForward, BaseStep
 from lightning_adalfl.learning.jvp import run_plain
 from lightning_adalfl.learning.torch_private import checkpoints_not_reentrant, dot, leaves_of_graph
-from lightning_adalfl.losses.descent import Descent
+from lightning_adalfl.losses.descent import Descent, precise
 from lightning_adalfl.losses.training_objective import BatchLoss
 
 AllReduce = Callable[[list[Tensor]], None]
@@ -183,9 +183,9 @@ def _summed(parts: Sequence[tuple[Descent, Tensor, list[Tensor]]]) -> dict[str, 
     """Return ``Σ ∂/∂φ ⟨m(φ), h⟩``."""
     total: dict[str, Tensor] = {}
     for descent, factor, h in parts:
-        for name, gradient in descent.vjp(h).items():
-            weighted = gradient * factor.to(gradient)
-            total[name] = total[name] + weighted if name in total else weighted
+        weighted = [t.to(precise(t)) * factor for t in h]  # here and not at each of φ's tensors, which are more
+        for name, gradient in descent.vjp(weighted).items():
+            total[name] = total[name] + gradient if name in total else gradient
     return total
 
 

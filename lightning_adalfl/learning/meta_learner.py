@@ -265,6 +265,7 @@ class MetaLearner:
 
     def to(self, device: torch.device | str) -> MetaLearner:
         """Move all that is learned, and the moments of the meta optimizer."""
+        self._scalars, self._descent = self.scalars, None  # of predictions that stay where they are
         if self.loss is not None:
             self.loss.to(device)
         if self.rate is not None:

@@ -70,12 +70,7 @@ class KnotGradient(OutputGradient):
         pairs, p = self._pairs, self._pairs.prediction.detach()
         values = at_knots.view(-1, KNOTS, at_knots.shape[1]).transpose(1, 2).reshape(-1, KNOTS)
         # Of each function and window the four coefficients, (4, functions · windows).
-        table = (
-            (values.unfold(1, 4, 1) @ _cubic(values.dtype, values.device).T)
-            .permute(2, 0, 1)
-            .reshape(4, -1)
-            .contiguous()
-        )
+        table = torch.einsum("fwk,ck->cfw", values.unfold(1, 4, 1), _cubic(values.dtype, values.device)).reshape(4, -1)
         if self._classes is not None:
             return self._looked_up(table, p, self._pairs_of_classes())
         if pairs.labels is None:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 # Pairs that are evaluated at once: what fits the cache of a processor, and more on an accelerator.
-CHUNKS = {"cpu": 1 << 13}
-CHUNK = 1 << 17
+CHUNKS = {"cpu": 1 << 13, "other": 1 << 17}
 
 
 class Pairs:
@@ -52,7 +51,7 @@ def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         *tensors: The pairs, (N, ...), first, then others of that length.
     """
     first = tensors[0]
-    rows = max(1, CHUNKS.get(first.device.type, CHUNK) * len(first) // first.numel())
+    rows = max(1, CHUNKS["cpu" if first.is_cpu else "other"] * len(first) // first.numel())
     return zip(*(tensor.split(rows) for tensor in tensors))
 
 
