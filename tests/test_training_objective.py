@@ -52,12 +52,18 @@ def descended(objective: Any, own: Tensor, predicted: Predicted, k: float = 1.0)
 @pytest.mark.parametrize("size", [-0.05, 1.0, 1e3])
 @pytest.mark.parametrize("kind", TASKS)
 def test_the_slope_is_bent_and_never_longer(kind: str, size: float) -> None:
-    """m = (τ + ρ) min(1, ‖τ‖ / ‖τ + ρ‖), with ρ by autograd from the pairs; the loss that is returned is the user's."""
+    """m = (τ + ρ) min(1, ‖τ‖ / ‖τ + ρ‖), with ρ by autograd from the pairs; the loss that is returned is the user's.
+
+    For regression no element of τ + ρ turns round.
+    """
     loss, f, y = problem(kind, size=size)
     own, pairs = own_loss(loss, f, y), loss.pairing.pairs(f, y)
     tau = slope(own, f)
     rho = slope((loss.pairwise(pairs.prediction, pairs.target) * pairs.weight).sum(), f)
-    expected = (tau + rho) * min(1.0, float(tau.norm() / (tau + rho).norm()))
+    bent = tau + rho
+    if kind == "regression":
+        bent[tau * bent < 0] = 0.0
+    expected = bent * min(1.0, float(tau.norm() / bent.norm()))
     descent, (found,) = descended(BentLoss(loss), own, Predicted.direct(f, y))
     assert descent.loss is own
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
@@ -69,6 +75,21 @@ def test_the_slope_is_bent_and_never_longer(kind: str, size: float) -> None:
     assert float(descent.implied_scale()) == pytest.approx(float((expected * tau).sum() / tau.square().sum()))
     value = own + (loss.pairwise(pairs.prediction, pairs.target) * pairs.weight).sum()
     torch.testing.assert_close(descent.value(), value.detach(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e3, -1e3])
+def test_no_value_is_driven_away_from_its_target(size: float) -> None:
+    """A learned slope that points outwards everywhere stops the step, and what is stopped does not move φ."""
+    loss, f, y = problem("regression", size=size)
+    descent, (found,) = descended(BentLoss(loss), own_loss(loss, f, y), Predicted.direct(f, y))
+    turned = (f - y) * (slope(own_loss(loss, f, y), f) + slope(loss(f, y), f)) < 0
+    assert turned.any()
+    (applied,) = descent.applied()
+    assert not (applied * (f - y) < 0).any()
+    assert not applied[turned].any()
+    torch.testing.assert_close(found, applied, rtol=1e-12, atol=1e-15)
+    outside = torch.where(turned, torch.randn_like(f), torch.zeros_like(f))
+    assert not any(v.any() for v in descent.vjp([outside]).values())
 
 
 @pytest.mark.parametrize("kind", MANY)

@@ -170,7 +170,7 @@ class InfluenceLogger(Callback):
             influence = (influence / influence.abs().mean()).nan_to_num().unsqueeze(1)
             scores = target_scores(task, p.predictions, p.target, p.pushed(h) * factor, p.weight, len(index))
             values = torch.cat([torch.ones_like(influence), influence, scores], 1).float()
-            values[~torch.isfinite(values[:, :4]).all(1)] = 0.0  # a step without a finite derivative says nothing
+            values.masked_fill_(~torch.isfinite(values[:, :4]).all(1, keepdim=True), 0.0)  # such a step says nothing
             sums.update(index, values, is_over)
         # As often as a training instance is seen, so that the two are alike; which batch follows from the meta steps.
         steps, rows = module.adalfl.meta_steps, len(index) * len(step.forwards) * module.trainer.world_size

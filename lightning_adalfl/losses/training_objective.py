@@ -6,6 +6,7 @@ import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,11 +81,13 @@ class _OwnDescent(Descent):
         return {}
 
 
+@dataclass(eq=False)
 class BentLoss(TrainingObjective):
     """The user's loss with the slope of the learned one added to its own, and never a longer slope.
 
     With τ = ∂L_u/∂o by the outputs o of a batch and ρ_φ that of the learned loss, a mean over instances, the backward
-    goes on from ``m = (τ + ρ_φ) · min(1, ‖τ‖ / ‖τ + ρ_φ‖)``, for each output tensor by itself.
+    goes on from ``m = (τ + ρ_φ) · min(1, ‖τ‖ / ‖τ + ρ_φ‖)``, for each output tensor by itself. For regression the slope
+    by no element turns round: where τ + ρ_φ would, it is zero. Else far predictions would be driven ever farther.
 
     Args:
         loss: r_φ.
@@ -92,10 +95,7 @@ class BentLoss(TrainingObjective):
     """
 
     loss: LearnedLoss
-
-    def __init__(self, loss: LearnedLoss, is_zero: bool = False) -> None:
-        self.loss = loss
-        self.is_zero = is_zero
+    is_zero: bool = False
 
     def descend(self, own_loss: Tensor, predicted: Predicted) -> Descent:
         """Return the user's loss; hooks on the outputs bend its slope on the way back."""
@@ -113,6 +113,8 @@ class BentLoss(TrainingObjective):
         """Return m by autograd."""
         tau = _gradient(own_loss, predictions, target, weight)
         bent = tau + self.loss.outputs(predictions) * _gradient(self.loss, predictions, target, weight)
+        if self.loss.task == "regression":
+            bent = torch.where(tau.sign() * bent < 0, 0.0, bent)
         return bent * (tau.norm() / bent.norm()).clamp(max=1.0)
 
 
@@ -160,8 +162,11 @@ class _BentDescent(Descent):
             tau = self.own[i]
             rho = torch.zeros_like(tau) if self._rho is None else self._rho[i].to(tau.dtype)
             own, bent = tau.norm(), (tau + rho).norm()
-            c = torch.where(bent > own, own / bent, torch.ones_like(own))
-            self._known[i] = tau, rho, c, torch.isfinite(bent)
+            is_finite = torch.isfinite(bent)
+            if self._learned_loss.task == "regression":
+                rho = torch.where(tau.sign() * (tau + rho) < 0, -tau, rho)
+                bent = (tau + rho).norm()
+            self._known[i] = tau, rho, torch.where(bent > own, own / bent, torch.ones_like(own)), is_finite
         return self._known[i]
 
     def applied(self) -> list[Tensor]:
@@ -176,24 +181,19 @@ class _BentDescent(Descent):
             bent, h = tau + rho, h.to(tau.dtype)
             along = (bent * h).sum() / bent.square().sum().clamp_min(torch.finfo(bent.dtype).tiny)
             by_bent = torch.where(c < 1, c * (h - bent * along), h)
-            through.append(torch.where(is_finite, by_bent, torch.zeros_like(h)))
+            is_free = is_finite & ((bent != 0) | (tau == 0))
+            through.append(torch.where(is_free, by_bent, torch.zeros_like(h)))
         return learned.vjp(self.predicted.pushed(through))
 
     def value(self) -> Tensor:
         return self.loss.detach() if self._learned is None else self.loss.detach() + self._learned.loss()
 
 
+@dataclass(eq=False)
 class LearnedAlone(TrainingObjective):
-    """M_φ alone, with its own scale (Eq. 3), as the paper descends it.
-
-    Args:
-        loss: M_φ.
-    """
+    """M_φ alone, with its own scale (Eq. 3), as the paper descends it."""
 
     loss: LearnedLoss
-
-    def __init__(self, loss: LearnedLoss) -> None:
-        self.loss = loss
 
     def descend(self, own_loss: Tensor, predicted: Predicted) -> Descent:
         """Return M_φ of the predictions; the user's loss has no part."""
