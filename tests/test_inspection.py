@@ -145,6 +145,17 @@ def test_what_is_added_is_drawn_as_long_as_a_step_is() -> None:
     assert loss_shape(Formula("binary", lambda f, y: 9 * (f - y) ** 2)).shortening == 1
 
 
+def test_a_value_that_would_be_driven_away_is_drawn_as_left_where_it_is() -> None:
+    """As `BentLoss` has it: (f - y)² - ½ (f - y)⁴ has no slope beyond an error of one."""
+    shape = loss_shape(Formula("regression", lambda f, y: -0.5 * (f - y) ** 4), is_added=True, error_range=2.0)
+    for path in shape.paths:
+        outside = np.abs(path.x) > 1.01
+        np.testing.assert_array_equal(path.slope[outside], 0.0)
+        np.testing.assert_allclose(path.loss[outside] - path.loss[len(path.x) // 2], 0.5, atol=1e-2)
+        inside = np.abs(path.x) < 0.99
+        np.testing.assert_allclose(path.slope[inside], (2 * path.x - 2 * path.x**3)[inside], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

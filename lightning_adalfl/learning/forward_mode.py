@@ -172,7 +172,7 @@ class _ReplayPrimals(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             # The model has stopped the gradient here, so that the base step did not see what follows.
-            args, kwargs = map_tensors(_primal, (args, kwargs))
+            args, kwargs = map_tensors(lambda t: forward_ad.unpack_dual(t).primal, (args, kwargs))
         if func in _PRODUCTS:
             return _product(func, self.tape.take(), *args, **kwargs)
         if _is_activation(func, args, kwargs):
@@ -197,10 +197,6 @@ def _is_activation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     # In place, the input must carry the tangent afterwards; torch sees to that.
     in_place = args[1] if len(args) > 1 else (kwargs or {}).get("inplace", False)
     return func in TANGENT_RULES and not in_place
-
-
-def _primal(value: Tensor) -> Tensor:
-    return forward_ad.unpack_dual(value).primal
 
 
 def _unpack(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
