@@ -216,7 +216,7 @@ def _between_classes(
 
 def _heat(loss: LearnedLoss, is_added: bool, low: float, high: float, error: float) -> tuple[Values, Values, Values]:
     y = torch.linspace(low - error / 2, high + error / 2, _HEAT_POINTS)
-    f = torch.linspace(low - error, high + error, _HEAT_POINTS)
+    f = torch.linspace(low - error, high + error, 5 * _HEAT_POINTS)  # finer, since the valley may be sharp
     values = _evaluated(loss, is_added, f.expand(len(y), -1), y.unsqueeze(1).expand(-1, len(f)))[0]
     return y.double().numpy(), f.double().numpy(), values
 
