@@ -181,7 +181,7 @@ class _BentDescent(Descent):
             bent, h = tau + rho, h.to(tau.dtype)
             along = (bent * h).sum() / bent.square().sum().clamp_min(torch.finfo(bent.dtype).tiny)
             by_bent = torch.where(c < 1, c * (h - bent * along), h)
-            is_free = is_finite & ((bent != 0) | (tau == 0))
+            is_free = is_finite & ((bent != 0) | (tau.sign() * h <= 0))  # what was stopped may only go back
             through.append(torch.where(is_free, by_bent, torch.zeros_like(h)))
         return learned.vjp(self.predicted.pushed(through))
 
