@@ -64,6 +64,10 @@ class SmoothLeakyReLU(nn.Module):
         u = slope - self.gamma
         return torch.addcmul(u, u, u, value=-1.0 / (1.0 - self.gamma)).mul_(self.beta)
 
+    def extra_repr(self) -> str:
+        """Show γ and β in the module's representation."""
+        return f"gamma={self.gamma}, beta={self.beta}"
+
 
 ACTIVATIONS = {"smooth_leaky_relu": SmoothLeakyReLU, "relu": nn.ReLU, "softplus": nn.Softplus}
 

@@ -52,13 +52,12 @@ class NetworkGradient(OutputGradient):
 
     @torch.no_grad()
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
-        """Return ``∂/∂φ Σ_i tangent_i · value_i``."""
+        """Return ``∂/∂φ Σ_i tangent_i · value_i``; it is zero for the bias of the output."""
         total: dict[str, Tensor] = {}
         for part, weight in self._passes(rows_of(tangent)):
             for name, gradient in part.by_phi(weight.reshape(-1, 1)).items():
                 total[name] = total[name] + gradient if name in total else gradient
-        phi = self._loss.phi()  # of which the output's bias moves the loss and not its slope
-        return {name: total[name] if name in total else torch.zeros_like(p) for name, p in phi.items()}
+        return {name: total[name] if name in total else torch.zeros_like(p) for name, p in self._loss.phi().items()}
 
 
 class _Pass:
