@@ -1,6 +1,6 @@
 """What it costs: time and peak memory of a training step, as a multiple of the plain module's.
 
-python examples/benchmark/benchmark.py --json benchmark.json           # half an hour on two cores
+python examples/benchmark/benchmark.py --cases LeNet-5                 # eight minutes on one core; all of them hours
 python examples/benchmark/benchmark.py --device cuda --cases ResNet-18
 
 `Trainer.fit` of a plain module is compared with fits of the same module with the mixin, and a loop of one's own with
@@ -24,6 +24,7 @@ import sys
 import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from benchmark_steps import STEPS, Step
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WARM = 11  # steps that are not counted: with `meta_every=10` the first meta step is among them
-TURN_SECONDS = 1.0
+TURN_SECONDS = 1.0  # of the plain fit or loop
 BASELINES = {"fit": "plain", "loop": "plain loop"}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -53,6 +54,13 @@ class Stopwatch(L.Callback):
             self.seconds = (_now() - self.began) / (trainer.max_steps - WARM)
 
 
+def step_seconds(case: Case, way: str, steps: int, device: str, precision: str) -> float:
+    """Train in one of the ways, and return the seconds of one of the steps that are counted."""
+    if way in FITS:
+        return fit_seconds(case, way, steps, device, precision)
+    return loop_seconds(case, way, steps, device)
+
+
 def fit_seconds(case: Case, way: str, steps: int, device: str, precision: str) -> float:
     """Return the seconds of one step of a whole fit."""
     watch, loader = Stopwatch(), case.loader()
@@ -69,7 +77,7 @@ def fit_seconds(case: Case, way: str, steps: int, device: str, precision: str) -
         check_val_every_n_epoch=10**6,
         num_sanity_val_steps=0,
     )
-    with twice_differentiable(way):
+    with plain_attention(way):
         trainer.fit(build_module(case, way), loader, case.loader())
     return watch.seconds
 
@@ -78,7 +86,7 @@ def loop_seconds(case: Case, way: str, steps: int, device: str) -> float:
     """Return the seconds of one step of a loop."""
     torch.manual_seed(0)
     batches = [(x.to(device), y.to(device)) for x, y in case.batches()]
-    with twice_differentiable(way):
+    with plain_attention(way):
         step = STEPS[way](case.model().to(device))
         run(step, batches, WARM)
         began = _now()
@@ -92,10 +100,10 @@ def run(step: Step, batches: list[Any], steps: int) -> None:
         step(batches[k % len(batches)], batches[(k + 1) % len(batches)])
 
 
-def twice_differentiable(way: str) -> AbstractContextManager[Any]:
+def plain_attention(way: str) -> AbstractContextManager[Any]:
     """Return plain attention for what differentiates twice or forward: the fused kernels have neither."""
-    unrolls = "reverse" in way or "unrolled" in way or "by hand" in way
-    return sdpa_kernel(SDPBackend.MATH) if unrolls else nullcontext()
+    is_needed = "reverse" in way or "unrolled" in way or "by hand" in way
+    return sdpa_kernel(SDPBackend.MATH) if is_needed else nullcontext()
 
 
 def _now() -> float:
@@ -106,13 +114,7 @@ def _now() -> float:
 
 def measure(name: str, kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a record for each way to train, with the median over turns that they take one after the other."""
-    case = CASES[name]
-
-    def seconds(way: str, steps: int) -> float:
-        if kind == "fit":
-            return fit_seconds(case, way, steps, args.device, args.precision)
-        return loop_seconds(case, way, steps, args.device)
-
+    case, seconds = CASES[name], partial(step_seconds, CASES[name], device=args.device, precision=args.precision)
     baseline, ways = BASELINES[kind], list(FITS if kind == "fit" else STEPS)
     steps = 10 * max(1, min(100, round(args.seconds / seconds(baseline, 10) / 10)))
     times: dict[str, list[float]] = {way: [] for way in ways}
@@ -138,7 +140,7 @@ def peak_mb(name: str, way: str, args: argparse.Namespace) -> float | None:
     if args.device == "cuda":
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
-        train_once(CASES[name], way, args.device, args.precision)
+        step_seconds(CASES[name], way, 1, args.device, args.precision)
         return torch.cuda.max_memory_allocated() / 2**20
     if not CLEAR.exists():
         return None
@@ -154,16 +156,8 @@ def print_own_peak(name: str, way: str, precision: str) -> None:
     """Train in this process, and print its peak in MB."""
     before = _resident_mb("VmRSS")
     CLEAR.write_text("5")  # the peak is now what is held
-    train_once(CASES[name], way, "cpu", precision)
+    step_seconds(CASES[name], way, 1, "cpu", precision)
     print(_resident_mb("VmHWM") - before)
-
-
-def train_once(case: Case, way: str, device: str, precision: str) -> None:
-    """Take the steps that are not counted, and one more."""
-    if way in FITS:
-        fit_seconds(case, way, 1, device, precision)
-    else:
-        loop_seconds(case, way, 1, device)
 
 
 def _resident_mb(field: str) -> float:
@@ -186,7 +180,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--kinds", nargs="+", choices=BASELINES, default=list(BASELINES))
     parser.add_argument("--turns", type=int, default=5, help="that the ways take")
-    parser.add_argument("--seconds", type=float, default=TURN_SECONDS, help="of the plain fit or loop in a turn")
+    parser.add_argument("--seconds", type=float, default=TURN_SECONDS, help="of a turn of the plain fit or loop")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", default="32-true", help="of the fits, as the Trainer has it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

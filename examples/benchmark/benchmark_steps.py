@@ -93,22 +93,27 @@ def with_boat(model: nn.Module) -> Step:
     import boat_torch
 
     loss, meta_optimizer = _learned(model)
-    here = {f"{level}_level_loss": {"function": f"{__name__}.boat_{level}_loss"} for level in ("lower", "upper")}
+    losses = {f"{level}_level_loss": {"function": f"{__name__}.boat_{level}_loss"} for level in ("lower", "upper")}
     config = {
-        **{
-            "fo_op": None,
-            "gm_op": ["NGD"],
-            "na_op": ["RAD"],
-            "lower_iters": 1,
-            "device": next(model.parameters()).device,
-        },
-        **{"lower_level_model": model, "lower_level_var": list(model.parameters())},
-        **{"upper_level_model": loss, "upper_level_var": list(loss.parameters()), "upper_level_opt": meta_optimizer},
-        **{"lower_level_opt": torch.optim.SGD(model.parameters(), lr=LR), "copy_last_param": True},
-        **{"GDA": {"alpha_init": 0.0, "alpha_decay": 1.0}, "RGT": {"truncate_iter": 0}},
-        **{"accumulate_grad": False, "return_grad": False, "loss_log_path": os.devnull},
+        "fo_op": None,
+        "gm_op": ["NGD"],
+        "na_op": ["RAD"],
+        "lower_iters": 1,
+        "lower_level_model": model,
+        "lower_level_var": list(model.parameters()),
+        "lower_level_opt": torch.optim.SGD(model.parameters(), lr=LR),
+        "upper_level_model": loss,
+        "upper_level_var": list(loss.parameters()),
+        "upper_level_opt": meta_optimizer,
+        "copy_last_param": True,
+        "accumulate_grad": False,
+        "return_grad": False,
+        "GDA": {"alpha_init": 0.0, "alpha_decay": 1.0},
+        "RGT": {"truncate_iter": 0},
+        "device": next(model.parameters()).device,
+        "loss_log_path": os.devnull,
     }
-    problem = boat_torch.Problem(config, here)
+    problem = boat_torch.Problem(config, losses)
     problem.build_ll_solver()
     problem.build_ul_solver()
 
@@ -181,7 +186,7 @@ STEPS: dict[str, Callable[[nn.Module], Step]] = {
     "MetaLearner, forward": partial(learner, way="forward"),
     "MetaLearner, finite_difference": partial(learner, way="finite_difference"),
     "MetaLearner, reverse": partial(learner, way="reverse"),
+    "forward mode, by hand": with_forward_ad,
 }
-STEPS["forward mode, by hand"] = with_forward_ad
 _PACKAGES = {"higher": with_higher, "torchopt": with_torchopt, "boat_torch": with_boat}
 STEPS |= {f"{name}, unrolled": build for name, build in _PACKAGES.items() if importlib.util.find_spec(name)}

@@ -131,14 +131,12 @@ class AdaLFLInit(Callback):
 
     def _steps(self, trainer: Any, phase: OfflinePhase, steps: int) -> None:
         file, first, done = self._file, 0.0, 0
-        bar = tqdm(total=steps, desc="Offline phase", disable=not _shows_progress(trainer), leave=False)
-        with bar:
+        with tqdm(total=steps, desc="Offline phase", disable=not _shows_progress(trainer), leave=False) as bar:
             while done < steps and file is not None:
                 task_loss, done = phase.step(), done + 1
                 if done == 1:
                     first = float(task_loss)
-                    saved = file.load(first)
-                    if saved is not None:
+                    if (saved := file.load(first)) is not None:
                         phase.load_state_dict(saved["phase"])
                         done = saved["step"]
                 is_last = done == steps > self.save_every

@@ -248,8 +248,8 @@ def _evaluated(loss: LearnedLoss, is_added: bool, prediction: Tensor, target: Te
     own = torch.stack([values.detach(), slope])
     if is_added:
         learned += own
-    if is_added and loss.task == "regression":  # what a step does not do is not shown: its slope does not turn round
-        turned = torch.where(slope.sign() * learned[1] < 0, learned[1], 0.0)
-        learned[1] -= turned
-        learned[0, ..., 1:] -= torch.cumulative_trapezoid(turned, prediction.double(), dim=-1)
+        if loss.task == "regression":  # what a step does not do is not shown: its slope does not turn round
+            turned = torch.where(slope.sign() * learned[1] < 0, learned[1], 0.0)
+            learned[1] -= turned
+            learned[0, ..., 1:] -= torch.cumulative_trapezoid(turned, prediction.double(), dim=-1)
     return torch.cat([learned, own]).numpy()

@@ -199,18 +199,18 @@ class MetaLearner:
         is_finite = torch.isfinite(size + found.task_loss.to(size) + moved.to(size))
         undo.unless(is_finite)
         self.skipped = self.skipped.to(is_finite.device) + (~is_finite).float()
-        self._scalars["adalfl/meta_grad_norm"] = size
+        self._scalars |= {"adalfl/meta_grad_norm": size, "adalfl/skipped_meta_steps": self.skipped}
 
     @property
     def scalars(self) -> dict[str, Tensor]:
-        """The newest values of what is logged, by name; what costs a pass over the predictions is computed here."""
-        found, descent = dict(self._scalars), self._descent
+        """The newest values of what is logged, by name; what costs a pass over predictions is computed here, once."""
+        scale = torch.ones(()) if self.rate is None else self.rate.log_scale.detach().exp()
+        descent, self._descent = self._descent, None
         if descent is not None and self.learned:
-            found["adalfl/skipped_meta_steps"] = self.skipped
-            found["adalfl/implied_lr"] = descent.implied_scale() * (self._base_lr * self.lr_scale)
+            self._scalars["adalfl/implied_lr"] = descent.implied_scale() * self._base_lr * scale
         if descent is not None and self.loss is not None:
-            found["adalfl/learned_loss"] = descent.value()
-        return found if self.rate is None else {**found, "adalfl/lr_scale": self.rate.log_scale.detach().exp()}
+            self._scalars["adalfl/learned_loss"] = descent.value()
+        return {**self._scalars, **({} if self.rate is None else {"adalfl/lr_scale": scale})}
 
     def warn_of_skipped(self) -> None:
         """Warn once if a meta step was left out; it reads a number from the device."""
@@ -265,7 +265,7 @@ class MetaLearner:
 
     def to(self, device: torch.device | str) -> MetaLearner:
         """Move all that is learned, and the moments of the meta optimizer."""
-        self._scalars, self._descent = self.scalars, None  # of predictions that stay where they are
+        self._scalars = self.scalars  # of predictions that stay where they are
         if self.loss is not None:
             self.loss.to(device)
         if self.rate is not None:

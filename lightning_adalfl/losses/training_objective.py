@@ -181,8 +181,9 @@ class _BentDescent(Descent):
             bent, h = tau + rho, h.to(tau.dtype)
             along = (bent * h).sum() / bent.square().sum().clamp_min(torch.finfo(bent.dtype).tiny)
             by_bent = torch.where(c < 1, c * (h - bent * along), h)
-            is_free = is_finite & ((bent != 0) | (tau.sign() * h <= 0))  # what was stopped may only go back
-            through.append(torch.where(is_free, by_bent, torch.zeros_like(h)))
+            if self._learned_loss.task == "regression":  # what was stopped may only go back
+                is_finite = is_finite & ((bent != 0) | (tau.sign() * h <= 0))
+            through.append(torch.where(is_finite, by_bent, torch.zeros_like(h)))
         return learned.vjp(self.predicted.pushed(through))
 
     def value(self) -> Tensor:
