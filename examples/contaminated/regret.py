@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from contaminated_tasks import TASKS, trusted_rows
 from rivals import METHODS
-from training import Run, badness
+from training import Run, badness, number
 
 Record = dict[str, Any]
 RECORDS = Path(__file__).parents[1] / "results"
@@ -91,7 +91,7 @@ def jobs(
     for task in tasks:
         for seed in seeds:
             for method in methods:
-                if not METHODS[method].fits(TASKS[task]):
+                if not METHODS[method].fits(TASKS[task]) or (task.endswith("_tuned") and not METHODS[method].sees_rate):
                     continue
                 wanted = fractions if METHODS[method].learns_from_trusted else [max(FRACTIONS)]
                 for fraction in wanted:
@@ -116,6 +116,7 @@ def run(job: Job) -> Record:
         "steps": job.steps or task.steps,
         "test": training.curve["test"][-1],
         "seconds": round(seconds, 2),
+        **({} if training.rate is None else {"rate": number(training.rate)}),
         "curve": training.curve,
     }
 

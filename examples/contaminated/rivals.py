@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from contaminated_tasks import CLASSES, Loss, Task, pinball
 from meta_rivals import gold_loss_correction, label_correction, meta_weight_net
+from rate_rivals import mechanic, prodigy, schedule_free_adamw, schedule_free_sgd
 from torch import Tensor
 from training import Run
 
@@ -29,6 +31,9 @@ class Method:
         kinds: Of the tasks that it is for.
         learns_from_trusted: Whether trusted rows have a part in training, and not in stopping early alone.
         is_told: Whether it is told what is wrong with the targets, so that it is no rival with one setting.
+        groups: Of the tasks that it is for; all by default.
+        sees_rate: Whether it begins from the task's learning rate. If not, it is run at the paper's rate alone, and
+            stands for the tuned one as well.
     """
 
     label: str
@@ -36,10 +41,13 @@ class Method:
     kinds: tuple[str, ...] = BOTH
     learns_from_trusted: bool = True
     is_told: bool = False
+    groups: tuple[str, ...] | None = None
+    sees_rate: bool = True
 
     def fits(self, task: Task) -> bool:
         """Return whether the method is for a task."""
-        return task.kind in self.kinds and not (self.is_told and task.told is None)
+        is_of_group = self.groups is None or task.group in self.groups
+        return is_of_group and task.kind in self.kinds and not (self.is_told and task.told is None)
 
 
 # The library.
@@ -64,9 +72,12 @@ def learn(run: Run, learner: MetaLearner) -> None:
         predictions, target = step.forward(next(batches))
         run.optimizer.zero_grad()
         step.descend(learner.objective, run.task.own_loss(predictions, target)).backward()
-        step.step()
+        with nullcontext() if learner.rate is None else learner.rate.applied_to(run.optimizer):
+            step.step()
         learner.end_base_step(step, held_out)
         run.ended()
+    if learner.rate is not None:
+        run.rate = learner.lr_scale * run.optimizer.param_groups[0]["lr"]
 
 
 # Losses.
@@ -180,6 +191,8 @@ def by_meta_gradient(run: Run, train: Callable[[Run, Loss], None]) -> None:
 
 REGRESSION, CLASSES_ONLY = ("regression",), ("multiclass",)
 _LOSS: Mapping[str, Any] = {"learns_from_trusted": False}
+_CLEAN: Mapping[str, Any] = {"groups": ("clean",)}
+_RATE: Mapping[str, Any] = {**_LOSS, **_CLEAN, "sees_rate": False}
 METHODS: dict[str, Method] = {
     "ours": Method("the library's defaults", ours),
     "own": Method("own loss", with_loss, **_LOSS),
@@ -209,4 +222,10 @@ METHODS: dict[str, Method] = {
     "mwn": Method("Meta-Weight-Net", partial(by_meta_gradient, train=meta_weight_net)),
     "emlc": Method("EMLC's label correction", partial(by_meta_gradient, train=label_correction), CLASSES_ONLY),
     "glc": Method("gold loss correction", gold_loss_correction, CLASSES_ONLY),
+    "both": Method('the library, `learn="both"`', partial(ours, learn="both"), **_CLEAN),
+    "lr": Method('the library, `learn="lr"`', partial(ours, learn="lr"), **_CLEAN),
+    "prodigy": Method("Prodigy", prodigy, **_RATE),
+    "mechanic": Method("Mechanic, SGD", mechanic, **_RATE),
+    "schedule_free_sgd": Method("Schedule-Free SGD", schedule_free_sgd, **_LOSS, **_CLEAN),
+    "schedule_free_adamw": Method("Schedule-Free AdamW", schedule_free_adamw, **_RATE),
 }

@@ -31,6 +31,7 @@ class Run:
         optimizer: Of its parameters.
         curve: Steps, test errors, and by the names of the trusted rows their errors and losses.
         looking: Seconds that the curve has taken.
+        rate: The learning rate at the end, where the method finds it.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Run:
         self.curve: dict[str, Any] = {"step": [], "test": []}
         self.curve |= {kind: {name: [] for name in validation} for kind in ("val", "val_loss")}
         self.looking = 0.0
+        self.rate: float | None = None
         self.step = 0
         self.keeps_best = False
         self._best: tuple[tuple[float, float], dict[str, Tensor]] | None = None
@@ -81,6 +83,9 @@ class Run:
         start = time.process_time()
         was_training = self.model.training
         self.model.eval()
+        averages: Any = self.optimizer if hasattr(self.optimizer, "eval") else None  # as Schedule-Free's do
+        if averages is not None:
+            averages.eval()
         outputs = torch.cat([self.model(part) for part in self.test[0].split(1000)])
         self.curve["step"].append(self.step)
         self.curve["test"].append(number(self.task.error(outputs, self.test[1])))
@@ -91,6 +96,8 @@ class Run:
         self.model.train(was_training)
         if self.keeps_best:
             self._keep_best()
+        if averages is not None:
+            averages.train()
         self.looking += time.process_time() - start
 
     def _keep_best(self) -> None:
