@@ -13,10 +13,13 @@ import regret_report
 import torch
 import two_errors
 from contaminated_tasks import TASKS, friedman, shifted, trusted_rows
+from rate_rivals import installed, schedule_free_sgd
 from regret import Job, jobs, run
 from rivals import METHODS, generalised_cross_entropy
+from training import Run
 
 FEW = {"seed": 0, "steps": 25}
+RATE_METHODS = [name for name, method in METHODS.items() if method.groups == ("clean",)]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -37,6 +40,78 @@ def test_a_run_repeats_and_the_library_begins_as_the_own_loss() -> None:
     assert ours["curve"] == again["curve"]
     assert ours["curve"]["test"][:10] == own["curve"]["test"][:10]
     assert ours["curve"]["test"][10:] != own["curve"]["test"][10:]
+
+
+@pytest.mark.parametrize("method", RATE_METHODS)
+def test_who_does_not_see_the_rate_is_run_at_the_papers_alone(method: str) -> None:
+    pair = ["clean_mnist5k_logistic_paper", "clean_mnist5k_logistic_tuned"]
+    curves = [run(Job(task, method, 0.05, **FEW))["curve"] for task in pair]
+    assert curves[0]["step"] == list(range(1, 26))
+    assert all(math.isfinite(error) for error in curves[0]["test"])
+    found = [job.task for job in jobs([*pair, "friedman1_up"], [method], [0.05], [0], None)]
+    if METHODS[method].sees_rate:
+        assert curves[0] != curves[1]
+        assert found == pair
+    else:
+        assert curves[0] == curves[1]
+        assert found == pair[:1]
+
+
+@pytest.mark.parametrize(("method", "without"), [("both", "ours"), ("lr", "own")])
+def test_a_learned_rate_is_what_the_optimizer_steps_with(method: str, without: str) -> None:
+    """From the first step after the first meta step on, the eleventh."""
+    learned, plain = (run(Job("clean_diabetes_tuned", name, 0.05, **FEW)) for name in (method, without))
+    assert learned["curve"]["test"][:10] == plain["curve"]["test"][:10]
+    assert learned["curve"]["test"][10:] != plain["curve"]["test"][10:]
+    assert learned["rate"] == pytest.approx(0.1, rel=0.03)
+    assert "rate" not in plain
+
+
+def test_schedule_free_shows_its_average_and_looking_changes_nothing() -> None:
+    task = TASKS["clean_mnist5k_logistic_paper"]
+    data, models = task.draw(0), []
+    rows = trusted_rows(task, data, 0.05)
+    for looks in (False, True):
+        torch.manual_seed(0)
+        training = Run(task, data.train, rows, {"0.05": rows}, data.test, 0, 40)
+        monitor = training.look
+        training.look = monitor if looks else lambda: None  # type: ignore[method-assign]
+        schedule_free_sgd(training)
+        assert training.optimizer.param_groups[0]["train_mode"]
+        models.append(training.model(data.test[0]).detach())
+        monitor()
+    torch.testing.assert_close(models[0], models[1], rtol=1e-3, atol=1e-4)
+    training.optimizer.eval()  # type: ignore[attr-defined]
+    assert training.curve["test"][-1] == round(task.error(training.model(data.test[0]), data.test[1]), 5)
+
+
+def test_a_package_that_is_not_there_is_named() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"needs the package no-such; `pip install no-such`"):
+        installed("no_such_module", "no-such")
+
+
+def test_the_table_of_rates_says_what_was_not_run() -> None:
+    def record(task: str, method: str, seed: int, test: float | None, **more: Any) -> dict[str, Any]:
+        curve = {"step": [1], "test": [test], "val": {"0.05": [0.1]}, "val_loss": {"0.05": [0.1]}}
+        steps = TASKS[task].steps
+        return {"task": task, "method": method, "seed": seed, "test": test, "steps": steps, "curve": curve, **more}
+
+    paper, tuned = "clean_diabetes_paper", "clean_diabetes_tuned"
+    records = [record(paper, "own", seed, 0.4) for seed in (0, 1)]
+    records += [record(tuned, "own", seed, 0.2) for seed in (0, 1)]
+    records += [record(paper, "mechanic", 0, 0.3, trusted=0.2, rate=0.5), record(tuned, "lr", 0, None)]
+    runs = regret_report.Runs(records)
+    rows = {line[: line.index("| 1 |")]: line for line in regret_report.rates(runs) if line.startswith("| diabetes")}
+    not_run = "not run"
+    expected = [("0.001", ["0.4", not_run, not_run, not_run, not_run, "0.3", not_run, not_run])]
+    expected += [("0.1", ["0.2", not_run, not_run, "diverged", not_run, "0.3", not_run, not_run])]
+    for rate, cells in expected:
+        assert rows[f"| diabetes | {rate} "] == f"| diabetes | {rate} | 1 | {' | '.join(cells)} |"
+    found = [line for line in regret_report.found_rates(runs) if line.startswith("| diabetes")]
+    assert found == [
+        f"| diabetes_{n} | {rate} | {not_run} | {not_run} | 0.5 | {not_run} |"
+        for n, rate in (("paper", "0.001"), ("tuned", "0.1"))
+    ]
 
 
 def test_what_is_wrong_and_what_is_trusted() -> None:

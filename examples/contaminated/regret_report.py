@@ -25,6 +25,8 @@ NOT_RUN = "not run"
 GROUPS = ("regression", "classification")
 # Derived from a run of another method: the best step by the error on the trusted rows.
 STOPPED = {"own": "own loss, stopped early"}
+PAPER, TUNED = "_paper", "_tuned"  # how the names of a pair of clean tasks end
+RATES = ("own", "ours", "both", "lr", "prodigy", "mechanic", "schedule_free_sgd", "schedule_free_adamw")
 Errors = Mapping[int, float]  # by seed; a run that diverged is infinite
 
 
@@ -46,6 +48,11 @@ class Runs:
             value = best_step(record, fraction)["test"] if stopped else record["test"]
             found[record["seed"]] = math.inf if value is None else value
         return found
+
+    def rates(self, task: str, method: str) -> Errors:
+        """Return the learning rates at the end, by seed, where the method finds one."""
+        of_task = [r for r in self._found.get((task, method), []) if r["steps"] == TASKS[task].steps]
+        return {record["seed"]: record["rate"] for record in of_task if record.get("rate") is not None}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -174,6 +181,59 @@ def clean(runs: Runs) -> list[str]:
     return lines
 
 
+# Learned rates.
+
+
+def rates(runs: Runs, stopped: bool = False) -> list[str]:
+    """Return errors on the clean pairs, at the paper's rate and at the tuned one, of those that find a rate.
+
+    A method that does not see the task's rate has been run once, and stands in both rows of a pair. A row is of the
+    seeds that all methods with a run have. The last rows are geometric means, over the pairs, of the error over that
+    of the own loss at the tuned rate.
+
+    Args:
+        runs: The records.
+        stopped: Whether every method is stopped at the best step by the error on 5% of the rows, trusted ones.
+    """
+    lines = head(["", "rate", "seeds", *map(label, RATES)])
+    ratios: dict[str, list[list[float]]] = {PAPER: [], TUNED: []}  # by rate, pair and method
+    for pair in [name.removesuffix(PAPER) for name in tasks_of("clean") if name.endswith(PAPER)]:
+        found = {
+            end: {name: runs.errors(run_as(pair + end, name), name, 0.05, stopped) for name in RATES} for end in ratios
+        }
+        run = [errors for of_rate in found.values() for errors in of_rate.values() if errors]
+        seeds = sorted(set.intersection(*map(set, run))) if run else []
+        for end, of_rate in found.items():
+            cells = [spread({s: errors[s] for s in seeds}) if errors else NOT_RUN for errors in of_rate.values()]
+            rate = TASKS[pair + end].optimizer.keywords["lr"]  # type: ignore[attr-defined]
+            lines.append(line([pair.removeprefix("clean_"), f"{rate:g}", str(len(seeds)), *cells]))
+            means = [mean(e[s] for s in seeds) if e and seeds else math.nan for e in of_rate.values()]
+            own = found[TUNED]["own"]
+            unit = mean(own[s] for s in seeds) if own and seeds else math.nan
+            ratios[end].append([value / unit for value in means])
+    for end, title in ((PAPER, "paper's"), (TUNED, "tuned")):
+        cells = [MISSING if any(map(math.isnan, v)) else short(geometric_mean(v)) for v in zip(*ratios[end])]
+        lines.append(line(["error over the own loss's at the tuned rate", title, "", *cells]))
+    return lines
+
+
+def found_rates(runs: Runs) -> list[str]:
+    """Return the learning rates that were found, the geometric means over seeds, on the clean pairs."""
+    names = ("both", "lr", "mechanic", "prodigy")
+    lines = head(["", "begins at", *map(label, names)])
+    for task in tasks_of("clean"):
+        found = [runs.rates(run_as(task, name), name).values() for name in names]
+        cells = [short(geometric_mean(values)) if values else NOT_RUN for values in found]
+        rate = TASKS[task].optimizer.keywords["lr"]  # type: ignore[attr-defined]
+        lines.append(line([task.removeprefix("clean_"), f"{rate:g}", *cells]))
+    return lines
+
+
+def run_as(task: str, method: str) -> str:
+    """Return the task under which a method was run: that of the paper's rate, if it does not see the rate."""
+    return task if METHODS[method].sees_rate else task.replace(TUNED, PAPER)
+
+
 def tasks_of(*groups: str) -> list[str]:
     """Return the names of the tasks of some groups."""
     return [name for name, task in TASKS.items() if task.group in groups]
@@ -209,6 +269,9 @@ BLOCKS: Mapping[str, Callable[[Runs], list[str]]] = {
     **{f"errors {f:g} {group}": partial(errors, fraction=f, groups=(group,)) for f in FRACTIONS for group in GROUPS},
     **{f"errors {f:g} held-out": partial(errors, fraction=f, groups=("held-out",)) for f in FRACTIONS},
     "clean": clean,
+    "rates": rates,
+    "rates stopped": partial(rates, stopped=True),
+    "rates found": found_rates,
 }
 
 
