@@ -26,12 +26,7 @@ from lightning_adalfl.adapter.meta_batches import meta_loader
 from lightning_adalfl.adapter.offline import draw_parameters
 from lightning_adalfl.adapter.online import OnlineRun
 from lightning_adalfl.adapter.plugins import NotedClipping
-from lightning_adalfl.adapter.refusals import (
-    base_optimizer,
-    check_trainer,
-    checked_predict,
-    watched_metrics,
-)
+from lightning_adalfl.adapter.refusals import base_optimizer, check_trainer, watched_metrics
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.learning.meta_learner import MetaLearner
 
@@ -260,19 +255,31 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
             )
         return self.adalfl
 
+    def _adalfl_predict(self, batch: Any) -> tuple[Tensor, ...]:
+        result = self.adalfl_predict(batch)
+        is_sequence = isinstance(result, (tuple, list))
+        if is_sequence and len(result) in (2, 3) and all(isinstance(item, Tensor) for item in result):
+            return tuple(result)
+        kinds = [type(item).__name__ for item in result] if is_sequence else type(result).__name__
+        raise TypeError(
+            f"`adalfl_predict` must return tensors (predictions, target) or (predictions, target, weight); got "
+            f"{kinds}. Override it in {type(self).__name__} to pick them from the model's output."
+        )
+
     def _adalfl_online(self) -> OnlineRun:
         """Return the run of this fit, made on demand: a learning-rate finder trains before `on_fit_start`."""
-        learner, trainer, run = self._adalfl_learner(), self.trainer, self._adalfl_run
+        run, trainer = self._adalfl_run, self.trainer
+        if run is not None and run.trainer is trainer and run.optimizer in trainer.optimizers:
+            return run
+        self._adalfl_close()
+        learner = self._adalfl_learner()
         optimizer = base_optimizer(trainer, learner)
-        if run is None or run.trainer is not trainer or run.optimizer is not optimizer:
-            self._adalfl_close()
-            owners = [base for base in type(self).__mro__ if "adalfl_predict" in base.__dict__]
-            predict = checked_predict(self)
-            kind = OnlineRun if self.automatic_optimization else ManualRun  # type: ignore[attr-defined]
-            run = kind(self, learner, optimizer, predict, len(owners) > 1, self.adalfl_meta_dataloader)
-            self._adalfl_run = run
-            processes, self._adalfl_processes = self._adalfl_processes, None
-            checkpoints.resume(self, run, processes)
+        owners = [base for base in type(self).__mro__ if "adalfl_predict" in base.__dict__]
+        kind = OnlineRun if self.automatic_optimization else ManualRun  # type: ignore[attr-defined]
+        run = kind(self, learner, optimizer, self._adalfl_predict, len(owners) > 1, self.adalfl_meta_dataloader)
+        self._adalfl_run = run
+        processes, self._adalfl_processes = self._adalfl_processes, None
+        checkpoints.resume(self, run, processes)
         return run
 
     def _adalfl_close(self) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adalfl.adapter.lightning_private import is_a
 from lightning_adalfl.learning.meta_learner import MetaLearner
-from lightning_adalfl.learning.recorded_forward import Predict
 
 
 def check_trainer(trainer: Any, module: Any) -> None:
@@ -88,21 +86,3 @@ def watched_metrics(callbacks: Iterable[Any]) -> list[str]:
     """Return the validation metrics that callbacks monitor."""
     names = {str(getattr(callback, "monitor", None) or "") for callback in callbacks}
     return sorted(name for name in names if "val" in name)
-
-
-def checked_predict(module: Any) -> Predict:
-    """Return the module's ``adalfl_predict``, which raises a ``TypeError`` unless it gives two or three tensors."""
-    predict: Callable[[Any], Any] = module.adalfl_predict
-
-    def checked(batch: Any) -> tuple[Tensor, ...]:
-        result = predict(batch)
-        is_sequence = isinstance(result, (tuple, list))
-        if is_sequence and len(result) in (2, 3) and all(isinstance(item, Tensor) for item in result):
-            return tuple(result)
-        kinds = [type(item).__name__ for item in result] if is_sequence else type(result).__name__
-        raise TypeError(
-            f"`adalfl_predict` must return tensors (predictions, target) or (predictions, target, weight); got "
-            f"{kinds}. Override it in {type(module).__name__} to pick them from the model's output."
-        )
-
-    return checked

@@ -20,7 +20,7 @@ from lightning_adalfl.adapter.lightning_private import lightning
 from lightning_adalfl.adapter.meta_batches import train_loader
 from lightning_adalfl.adapter.offline import OfflinePhase, untouched
 from lightning_adalfl.adapter.plugins import gathered
-from lightning_adalfl.adapter.refusals import base_optimizer, checked_predict, learner_of
+from lightning_adalfl.adapter.refusals import base_optimizer, learner_of
 from lightning_adalfl.checks import one_of, positive_number, whole_number
 from lightning_adalfl.files import atomic_write, exists, joined, read_bytes, remove
 
@@ -117,7 +117,7 @@ class AdaLFLInit(Callback):
                 pl_module,
                 learner,
                 base_optimizer(trainer, learner),
-                checked_predict(pl_module),
+                pl_module._adalfl_predict,
                 (lambda: train_loader(trainer)) if given is None else (lambda: given),
                 pl_module.adalfl_meta_dataloader,
                 self.lr,
