@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -68,9 +68,9 @@ class AdaLFLConfig:
     lr_meta_lr: float = 1e-3
     meta_optimizer: str = "Adam"
     meta_every: int | None = 10
-    meta_data: Any = field(default="val")
+    meta_data: Any = "val"
     meta_batch_size: int | None = None
-    hypergradient: Any = field(default="forward")
+    hypergradient: Any = "forward"
     optimizer: int | None = None
 
     def __post_init__(self) -> None:

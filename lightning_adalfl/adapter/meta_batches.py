@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lightning_adalfl.adapter.lightning_private import is_a, train_source, transferred, val_source
 from lightning_adalfl.adapter.private_loader import private_copy, start, twin
 from lightning_adalfl.config import AdaLFLConfig
+from lightning_adalfl.learning.base_step import BaseStep
+from lightning_adalfl.learning.hypergradient import Hypergradient
+from lightning_adalfl.learning.recorded_forward import RandomState
 
 # What a stream of random numbers is for: streams of two purposes, seeds or passes have nothing in common.
 META, OFFLINE_BASE, OFFLINE_META, MASKS, DRAWS, PROBES = range(6)
@@ -82,6 +87,40 @@ class EndlessBatches:
         self._iterator = None
         for _ in range(state["drawn"]):
             next(self)
+
+
+class HeldOutBatches:
+    """A few held-out batches to look at, the same through the whole run and in one that is resumed.
+
+    Random numbers, modes and buffers of the run stay as they are.
+
+    Args:
+        module: The user's module, in its run.
+        count: How many batches.
+    """
+
+    def __init__(self, module: Any, count: int) -> None:
+        self._module = module
+        with RandomState.capture(module.device).replayed():
+            seed = module._adalfl_online().batches.state_dict()["seed"]
+            drawn = EndlessBatches(module.adalfl_meta_dataloader, seed, PROBES)
+            batches = [next(drawn) for _ in range(count)]
+            self._batches = [transferred_meta_batch(module, batch, module.adalfl.config) for batch in batches]
+
+    def tangent(self, place: int, step: BaseStep, found: Hypergradient) -> tuple[Tensor, Tensor, Tensor]:
+        """Return predictions, targets and h of a batch, after a base step and along the direction of it.
+
+        Args:
+            place: Of the batch.
+            step: The base step.
+            found: Its hypergradient, whose direction is still there.
+        """
+        model, batch = step.model, self._batches[place]
+        scale, direction = found.direction or (0.0, [])
+        with RandomState.capture(step.device).replayed(), torch.no_grad():
+            forward, (f, y, *_) = model.run(lambda: model.record(batch, step.device), model.buffers())
+            (h,) = step.jvp(model, forward, {i: step.parameters[i].detach() for i in step.active}, direction)
+        return f, y, scale * h
 
 
 def meta_loader(trainer: Any, config: AdaLFLConfig) -> Any:

@@ -1,4 +1,4 @@
-"""Which instances a training batch holds: what the loader's batch sampler has drawn, seen as it passes."""
+"""Which instances a training batch holds, as its batch sampler has drawn them; and what chosen ones look like."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_adalfl.adapter.lightning_private import train_source, transferred
+from lightning_adalfl.learning.recorded_forward import RandomState
+from lightning_adalfl.learning.torch_private import tensors_in
 
 REMEDY = (
     "Say which instances a batch holds, in a method of your module:\n\n"
@@ -101,6 +107,26 @@ def indices_of(iterator: Any, batch_idx: int) -> list[Any]:
     if not now.drawn:
         raise ValueError(f"batch {batch_idx} is none that its sampler has drawn. {REMEDY}")
     return list(now.drawn[0])
+
+
+@torch.no_grad()
+def shown(module: Any, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return images, predictions and targets of chosen instances; ``None`` if the training data have no images.
+
+    Args:
+        module: The user's module, in its run.
+        chosen: Indices of the training data set.
+    """
+    loader, was_training = train_source(module.trainer), module.training
+    with RandomState.capture(module.device).replayed():
+        batch = transferred(module, loader.collate_fn([loader.dataset[i] for i in chosen]), False)
+        images = next((t for t in tensors_in(batch) if t.ndim == 4 and t.shape[1] in (1, 3)), None)
+        if images is None:
+            return None
+        module.eval()
+        predictions, target, *_ = module.adalfl_predict(batch)
+        module.train(was_training)
+    return images, predictions, target
 
 
 def _put(loader: Any, sampler: Any) -> None:

@@ -1,4 +1,4 @@
-"""A figure to any logger, in that logger's way, and where its run keeps files."""
+"""A figure to any logger, in that logger's way; and where a run keeps files, and whether this process writes them."""
 
 from __future__ import annotations
 
@@ -55,3 +55,14 @@ def logger_dir(logger: Any) -> str | None:
         return None
     version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
     return joined(logger.save_dir, *(str(part) for part in (logger.name, version) if part is not None))
+
+
+def run_dir(trainer: Any) -> str:
+    """Return the folder of the first logger's run, or else the Trainer's ``default_root_dir``."""
+    # Not `trainer.log_dir`, which is a collective call: one process alone asks for this.
+    return (logger_dir(trainer.loggers[0]) if trainer.loggers else None) or trainer.default_root_dir
+
+
+def writes(trainer: Any) -> bool:
+    """Return whether this process is to write what a run shows: the first one, and in a real run alone."""
+    return trainer.is_global_zero and not trainer.fast_dev_run and not trainer.barebones

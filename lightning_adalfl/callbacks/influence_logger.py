@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -11,10 +12,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_adalfl.adapter.lightning_private import lightning, train_iterator, train_source, when_loaded
-from lightning_adalfl.adapter.onlooker import HeldOutBatches, shown
-from lightning_adalfl.adapter.recorded_indices import REMEDY, forget, indices_of, record
+from lightning_adalfl.adapter.meta_batches import HeldOutBatches
+from lightning_adalfl.adapter.recorded_indices import REMEDY, forget, indices_of, record, shown
 from lightning_adalfl.adapter.refusals import learner_of
-from lightning_adalfl.callbacks.figure_logging import log_figure, logger_dir
+from lightning_adalfl.callbacks.figure_logging import log_figure, run_dir, writes
 from lightning_adalfl.checks import whole_number
 from lightning_adalfl.files import atomic_write, joined
 from lightning_adalfl.inspection.figures import plot_images, plot_influence
@@ -25,8 +26,17 @@ Callback: Any = lightning().Callback
 
 _PROBE_BATCHES, _PROBE_ROWS = 4, 64  # held-out instances that are scored with wrong targets too
 _SHOWN = 20  # images at either end
-# Times and losses of training and of held-out instances so far, what held-out loss is too high, and whether it was.
-_COURSE = torch.tensor([0.0, 0.0, 0.0, 0.0, torch.inf, 0.0], dtype=torch.float64)
+
+
+class _Course(NamedTuple):
+    """How the losses have gone, up to the end of an epoch: it shows when targets are known by heart."""
+
+    times: float = 0.0  # that training instances were seen
+    loss: float = 0.0  # summed over these times
+    held_out_times: float = 0.0
+    held_out_loss: float = 0.0
+    limit: float = math.inf  # a mean held-out loss above it is too high
+    is_over: float = 0.0  # whether one was; a float, as the rest, for the checkpoint's one tensor
 
 
 class InfluenceLogger(Callback):
@@ -72,7 +82,7 @@ class InfluenceLogger(Callback):
         self._sums: _Sums | None = None
         self._state: dict[str, Tensor] = {}
         self._held_out: HeldOutBatches | None = None
-        self._course = _COURSE
+        self._course = _Course()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse a module that takes no meta steps, and have the loader's indices noted."""
@@ -80,7 +90,7 @@ class InfluenceLogger(Callback):
             return
         if learner_of(pl_module, "InfluenceLogger").config.meta_every is None:
             raise ValueError("InfluenceLogger looks on at meta steps; set `AdaLFLConfig(meta_every=1)`.")
-        self._sums, self._held_out, self._course = None, None, _COURSE
+        self._sums, self._held_out, self._course = None, None, _Course()
         if not hasattr(pl_module, "adalfl_index"):
             when_loaded(trainer, record)
 
@@ -111,18 +121,18 @@ class InfluenceLogger(Callback):
             return
         self.table = InfluenceTable(pl_module.adalfl.task.name, **self._totals())
         self._follow(self.table.sums[:, [0, 3]].double(), self.table.probes[:, 0, [0, 2]].double())
-        if _writes(trainer):
-            self.table.save(joined(_folder(trainer), INFLUENCE_FILE))
+        if writes(trainer):
+            self.table.save(joined(run_dir(trainer), INFLUENCE_FILE))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the figures."""
         self.on_train_epoch_end(trainer, pl_module)
-        if self._sums is None or not _writes(trainer) or len(self.table.ranking()) < 2:
+        if self._sums is None or not writes(trainer) or len(self.table.ranking()) < 2:
             return
         figures = {"influence": plot_influence(self.table), "influence_images": self._images(pl_module)}
         for name, figure in figures.items():
             if figure is not None:
-                with atomic_write(joined(_folder(trainer), f"{name}.png")) as file:
+                with atomic_write(joined(run_dir(trainer), f"{name}.png")) as file:
                     figure.savefig(file, format="png")
                 for logger in trainer.loggers:
                     log_figure(logger, f"adalfl/{name}", figure, pl_module.adalfl.base_steps)
@@ -135,22 +145,25 @@ class InfluenceLogger(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums over all processes."""
-        return {**self._totals(), "course": self._course}
+        return {**self._totals(), "course": torch.tensor(self._course, dtype=torch.float64)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the sums of a checkpoint."""
-        self._state, self._course = state_dict, state_dict["course"]
+        self._state, self._course = state_dict, _Course(*state_dict["course"].tolist())
 
     def _follow(self, train: Tensor, held_out: Tensor) -> None:
         """Compare the losses of an epoch, of sums over times and losses, (N, 2)."""
-        now, before = torch.cat([train.sum(0), held_out.sum(0)]), self._course
-        times, loss, held_out_times, held_out_loss = now - before[:4]
-        if min(times, held_out_times) > 0:
-            loss, held_out_loss = loss / times, held_out_loss / held_out_times
-            each = (held_out[:, 1] / held_out[:, 0])[held_out[:, 0] > 0]
-            over = (held_out_loss > before[4]) & (held_out_loss > loss)
-            limit = torch.fmin(before[4], held_out_loss + 2 * each.std(correction=0) / len(each) ** 0.5)
-            self._course = torch.cat([now, torch.stack([limit, before[5].maximum(over)])])
+        before, now = self._course, _Course(*train.sum(0).tolist(), *held_out.sum(0).tolist())
+        times, held_out_times = now.times - before.times, now.held_out_times - before.held_out_times
+        if min(times, held_out_times) <= 0:
+            return
+        mean = (now.loss - before.loss) / times
+        held_out_mean = (now.held_out_loss - before.held_out_loss) / held_out_times
+        is_over = held_out_mean > before.limit and held_out_mean > mean
+        each = (held_out[:, 1] / held_out[:, 0])[held_out[:, 0] > 0]
+        error = float(each.std(correction=0)) / len(each) ** 0.5
+        limit = min(before.limit, held_out_mean + 2 * error)  # a loss that is not finite leaves it
+        self._course = now._replace(limit=limit, is_over=max(before.is_over, float(is_over)))
 
     def _totals(self) -> dict[str, Tensor]:
         if self._sums is None:
@@ -160,7 +173,7 @@ class InfluenceLogger(Callback):
 
     def _watch(self, module: Any, sums: _Sums, step: Any, found: Any) -> None:
         """Add what a meta step tells of the instances of its base step."""
-        task, is_over = module.adalfl.task, bool(self._course[5])
+        task, is_over = module.adalfl.task, bool(self._course.is_over)
         for forward, influence, (descent, factor, h) in zip(step.forwards, found.influence, found.parts):
             index, p = forward.instances, descent.predicted
             if len(index) != len(influence):
@@ -191,7 +204,7 @@ class InfluenceLogger(Callback):
         scores = target_scores(task, f, targets.flatten(0, 1), h, None, len(f))
         scores = torch.cat([torch.ones_like(scores[:, :1]), scores], 1).unflatten(0, targets.shape[:2])
         first = (module.global_rank * _PROBE_BATCHES + place) * _PROBE_ROWS
-        size, is_over = _PROBE_BATCHES * _PROBE_ROWS * module.trainer.world_size, bool(self._course[5])
+        size, is_over = _PROBE_BATCHES * _PROBE_ROWS * module.trainer.world_size, bool(self._course.is_over)
         sums.update_probes(first, scores, others[1], size, is_over)
 
     def _images(self, module: Any) -> Figure | None:
@@ -244,12 +257,3 @@ def _with_means(values: Tensor, sums: Tensor) -> Tensor:
     """Return values whose last three are the means so far where there are any, so that these stay."""
     stay = torch.where(sums[..., :1] > 0, values[..., :1] * sums[..., -3:] / sums[..., :1], values[..., -3:])
     return torch.cat([values[..., :-3], stay], -1)
-
-
-def _writes(trainer: Any) -> bool:
-    return trainer.is_global_zero and not trainer.fast_dev_run and not trainer.barebones
-
-
-def _folder(trainer: Any) -> str:
-    # Not `trainer.log_dir`, which is a collective call, and this is rank zero.
-    return (logger_dir(trainer.loggers[0]) if trainer.loggers else None) or trainer.default_root_dir

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_adalfl.adapter.lightning_private import lightning, wants_logs
 from lightning_adalfl.adapter.refusals import learner_of
-from lightning_adalfl.callbacks.figure_logging import log_figure, logger_dir
+from lightning_adalfl.callbacks.figure_logging import log_figure, run_dir, writes
 from lightning_adalfl.checks import positive_number, whole_number
 from lightning_adalfl.files import joined
 from lightning_adalfl.inspection.figures import plot_heatmap, plot_history
@@ -98,7 +98,7 @@ class LossShapeLogger(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Keep the first φ, unless the run goes on from a checkpoint that has it."""
-        if not _is_enabled(trainer):
+        if not writes(trainer):
             return
         self._started, self._drawing = time.monotonic(), 0.0
         learner, steps = pl_module.adalfl, self.history.steps
@@ -118,7 +118,7 @@ class LossShapeLogger(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep φ where a snapshot is due, and log the scalars where the loggers take them."""
-        if not _is_enabled(trainer):
+        if not writes(trainer):
             return
         step = pl_module.adalfl.base_steps
         if self.history.is_due(step):
@@ -130,7 +130,7 @@ class LossShapeLogger(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep the last φ, and draw the figure of the whole run."""
-        if not _is_enabled(trainer):
+        if not writes(trainer):
             return
         if pl_module.adalfl.base_steps > self.history.steps[-1]:
             self._keep(trainer, pl_module)
@@ -159,9 +159,7 @@ class LossShapeLogger(Callback):
         self._scalars = {"adalfl/flatness": shape.flatness}
         if shape.task != "regression":
             self._scalars["adalfl/turn_up"] = shape.turn_up
-        # Not `trainer.log_dir`, which is a collective call, and this is rank zero.
-        folder = logger_dir(trainer.loggers[0]) if trainer.loggers else None
-        self.history.save(joined(folder or trainer.default_root_dir, FILE_NAME))
+        self.history.save(joined(run_dir(trainer), FILE_NAME))
 
     def _is_figure_due(self, step: int) -> bool:
         if self.figure_every is not None:
@@ -181,7 +179,3 @@ class LossShapeLogger(Callback):
                 for tag, figure in figures.items():
                     log_figure(logger, tag, figure, self._last_figure, trainer.default_root_dir)
         self._drawing += time.monotonic() - began
-
-
-def _is_enabled(trainer: Any) -> bool:
-    return trainer.is_global_zero and not trainer.fast_dev_run and not trainer.barebones

@@ -83,7 +83,7 @@ class LossHistory:
         if step <= last:
             raise ValueError(f"`step` {step} is not after {last}; append in the order of training.")
         description = loss.describe()
-        if self.description not in ({}, description):
+        if not self.accepts(loss):
             raise ValueError(f"`loss` is {description}, and the history is of {self.description}; begin a new one.")
         self.description = description
         if len(self) > 1 and self._slot(last) == self._slot(self.steps[-2]):
