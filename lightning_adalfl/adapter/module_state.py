@@ -14,7 +14,7 @@ from torch import nn
 
 T = TypeVar("T")
 _CONTAINERS = (list, dict, set, deque)
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # What torch itself keeps there; its contents have owners of their own.
 _TORCH = frozenset(vars(nn.Module()))
 
@@ -89,7 +89,7 @@ class ModuleState:
             if type(value) in _CONTAINERS:
                 value.clear()
                 (value.update if type(value) in (dict, set) else value.extend)(content)
-            elif isinstance(value, _GENERATORS):
+            elif isinstance(value, GENERATORS):
                 _set_generator(value, content)
 
 
@@ -127,4 +127,4 @@ def _differs(now: Any, value: Any, content: Any) -> bool:
     if type(value) in (list, deque):
         return len(value) != len(content) or any(a is not b for a, b in zip(value, content))
     # A generator may be drawn from in any step, also where the first one did not.
-    return isinstance(value, _GENERATORS) or (type(value) is set and value != content)
+    return isinstance(value, GENERATORS) or (type(value) is set and value != content)

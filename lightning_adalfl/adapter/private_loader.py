@@ -22,9 +22,8 @@ from torch.utils.data import (
 )
 
 from lightning_adalfl.adapter.lightning_private import is_a
+from lightning_adalfl.adapter.module_state import GENERATORS
 from lightning_adalfl.adapter.recorded_indices import unrecorded
-
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def private_copy(
@@ -123,7 +122,7 @@ def twin(value: Any, known: dict[int, Any]) -> Any:
     if isinstance(value, torch.Generator):
         own: Any = torch.Generator(value.device)
     else:
-        own = copy.deepcopy(value) if isinstance(value, _GENERATORS) else copy.copy(value)
+        own = copy.deepcopy(value) if isinstance(value, GENERATORS) else copy.copy(value)
     known[id(value)] = own
     attributes = vars(own) if hasattr(own, "__dict__") else {}
     if isinstance(own, DataLoader):
@@ -140,7 +139,7 @@ def twin(value: Any, known: dict[int, Any]) -> Any:
 
 def _moves(name: str, item: Any) -> bool:
     is_sampler = name in ("sampler", "batch_sampler") and item is not None
-    return is_sampler or isinstance(item, (DataLoader, Sampler, *_GENERATORS))
+    return is_sampler or isinstance(item, (DataLoader, Sampler, *GENERATORS))
 
 
 def _own_dataset(dataset: Any, known: dict[int, Any]) -> Any:
@@ -148,7 +147,7 @@ def _own_dataset(dataset: Any, known: dict[int, Any]) -> Any:
     held = vars(dataset).items() if hasattr(dataset, "__dict__") else ()
     inner = {name: _own_dataset(item, known) for name, item in held if name == "dataset"}
     changed = {name: item for name, item in inner.items() if item is not vars(dataset)[name]}
-    changed.update({name: twin(item, known) for name, item in held if isinstance(item, _GENERATORS)})
+    changed.update({name: twin(item, known) for name, item in held if isinstance(item, GENERATORS)})
     if not changed and not isinstance(dataset, IterableDataset):
         return dataset
     own = copy.copy(dataset)
@@ -189,7 +188,7 @@ def _inside(loader: Any) -> tuple[list[Any], list[Any]]:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, _GENERATORS):
+        if isinstance(item, GENERATORS):
             generators.append(item)
             continue
         if not is_data:
