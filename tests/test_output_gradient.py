@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from typing import Any
@@ -177,6 +178,29 @@ def test_where_pairs_are_fewer_or_targets_are_soft_they_are_taken_themselves() -
     assert type(pair_gradient(loss, task.pairs(many, labels))) is KnotGradient
     assert type(pair_gradient(sees, task.pairs(many, labels))) is NetworkGradient
     assert type(pair_gradient(loss, task.pairs(many, many.softmax(1)))) is NetworkGradient
+
+
+def test_the_knots_serve_until_phi_moves() -> None:
+    loss = LossNetwork("multiclass")
+    pairs = task_named("multiclass").pairs(torch.randn(400, 10), torch.randint(10, (400,)))
+    calls = []
+    at_pairs = loss.pair_gradient
+    loss.pair_gradient = lambda *given: calls.append(1) or at_pairs(*given)  # type: ignore[method-assign,func-returns-value]
+    first = pair_gradient(loss, pairs).value
+    torch.testing.assert_close(pair_gradient(loss, pairs).value, first, rtol=0, atol=0)
+    assert len(calls) == 1
+    with torch.no_grad():
+        loss.linear[1].weight.mul_(2.0)
+    moved = pair_gradient(loss, pairs).value
+    assert len(calls) == 2
+    torch.testing.assert_close(moved, at_pairs(pairs.prediction, pairs.target).value, rtol=1e-4, atol=1e-5)
+    loss.unit.fill_(3.0)
+    torch.testing.assert_close(pair_gradient(loss, pairs).value, 3 * moved)
+    assert copy.deepcopy(LossNetwork("multiclass")).known is None
+    del loss.pair_gradient
+    copied = copy.deepcopy(loss).known
+    assert copied is not None
+    assert copied[1] is None
 
 
 # Memory.

@@ -120,7 +120,6 @@ class Descent(ABC):
         loss, predicted: As above.
         scale: k, the factor that accumulation, a gradient scaler or the user puts on the loss; known once the backward
             has run, ``None`` before.
-        own: τ, the gradient of the user's loss by each output, once the backward has run.
         is_reached: Whether the backward has come to an output.
     """
 
@@ -129,27 +128,41 @@ class Descent(ABC):
         self.predicted = predicted
         self.scale: Tensor | None = None
         self.is_reached = False
-        self.own: list[Tensor] = [torch.zeros_like(o, dtype=precise(o)) for o in predicted.leaves]
+        self._slopes: list[Tensor | None] = [None] * len(predicted.outputs)  # kτ of those that the backward has reached
         self._handles = [loss.register_hook(self._note_scale)]
         for i, output in enumerate(predicted.outputs):
-            self._handles.append(output.register_hook(partial(self._note_own, i)))
+            self._handles.append(output.register_hook(partial(self._note_slope, i)))
 
     def _note_scale(self, gradient: Tensor) -> None:
         self.scale = gradient.detach().to(precise(gradient))
 
-    def _note_own(self, i: int, gradient: Tensor) -> Tensor | None:
+    def _note_slope(self, i: int, gradient: Tensor) -> Tensor | None:
         if self.scale is None:
             return None  # a gradient of something else
         # Any later gradient through this output would run the hook again.
         self._handles[i + 1].remove()
         self.is_reached = True
-        self.own[i] = gradient.detach().to(precise(gradient)) / self.scale
-        bend = self._bend(i)
-        return None if bend is None else gradient + (self.scale * bend).to(gradient.dtype)
+        self._slopes[i] = gradient.detach()
+        bent = self._bent(i)
+        return None if bent is None else bent.to(gradient.dtype)
 
-    def _bend(self, i: int) -> Tensor | None:
-        """Return what is added to τ of an output."""
+    def _slope(self, i: int) -> Tensor:
+        slope, leaf = self._slopes[i], self.predicted.leaves[i]
+        return torch.zeros_like(leaf, dtype=precise(leaf)) if slope is None else slope.to(precise(slope))
+
+    def _bent(self, i: int) -> Tensor | None:
+        """Return km of an output, which goes on in place of kτ; ``None`` to leave it."""
         return None
+
+    @property
+    def own(self) -> list[Tensor]:
+        """τ, the gradient of the user's loss by each output, once the backward has run."""
+        return [self._slope(i) / self.k for i in range(len(self._slopes))]
+
+    @property
+    def k(self) -> Tensor:
+        """:attr:`scale`, and one where no backward has run."""
+        return self.loss.new_ones(()) if self.scale is None else self.scale
 
     def release(self) -> None:
         """Remove what hangs on the graph of the forward, and let go of it."""

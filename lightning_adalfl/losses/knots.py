@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +13,25 @@ from lightning_adalfl.losses.learned_loss import LearnedLoss
 from lightning_adalfl.losses.output_gradient import OutputGradient, Pairs
 
 KNOTS = 257
-_WINDOWS = KNOTS - 3  # of four knots each
+_BETWEEN = KNOTS - 1
+# Where all classes share a loss its table stays small, and is made so fine that straight lines do: half the look-ups.
+_FINE = 16
 # A pair looked up costs about this part of one evaluated.
 _LOOKUP_COST = 0.1
 
 
 @cache  # a copy from the processor would have an accelerator wait
-def _cubic(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what takes the values at 0, 1, 2 and 3 to the coefficients of the cubic through them."""
-    powers = torch.vander(torch.arange(4.0, dtype=torch.float64), increasing=True)
-    return torch.linalg.inv(powers).to(device, dtype)
+def _basis(pieces: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what takes four knots in a row to the coefficients between the middle two, (pieces, degree + 1, 4).
+
+    Those of the cubic through the four as one piece, or those of the lines between its values at the ends of many.
+    """
+    cubic = torch.linalg.inv(torch.vander(torch.arange(-1.0, 3.0, dtype=torch.float64), increasing=True))
+    if pieces > 1:
+        places = torch.linspace(0.0, 1.0, pieces + 1, dtype=torch.float64)
+        ends = torch.vander(places, 4, increasing=True) @ cubic
+        return torch.stack([ends[:-1], ends.diff(dim=0)], dim=1).to(device, dtype)
+    return cubic.unsqueeze(0).to(device, dtype)
 
 
 def pair_gradient(loss: LearnedLoss, pairs: Pairs) -> OutputGradient:
@@ -37,8 +47,8 @@ def pair_gradient(loss: LearnedLoss, pairs: Pairs) -> OutputGradient:
 class KnotGradient(OutputGradient):
     """Where every target is 0 or 1 the gradient is a few functions of the probability: two, or one a pair of classes.
 
-    Each is evaluated at knots and interpolated by the cubic through four of them; the interpolation is linear in the
-    values at the knots, so the derivative by φ goes back through it to the knots, and from there through the loss.
+    Each is evaluated at knots and interpolated by the cubic through four of them, or by many lines along it; both are
+    linear in the values at the knots, so the derivative by φ goes back to them, and from there through the loss.
 
     Args:
         loss: ℓ_φ.
@@ -51,40 +61,31 @@ class KnotGradient(OutputGradient):
         self._chunk = 1 << (15 if p.device.type == "cpu" else 22)
         classes = p.shape[1]
         self._classes = classes if loss.tells_apart(classes) else None
-        grid = torch.linspace(0.0, 1.0, KNOTS, dtype=p.dtype, device=p.device)
-        if self._classes is None:
-            at_knots = grid.unsqueeze(1).expand(-1, 2)
-            wanted = torch.arange(2, dtype=p.dtype, device=p.device).expand(KNOTS, -1)
-        else:
-            at_knots = grid.repeat(classes).unsqueeze(1).expand(-1, classes)  # (label · knot, output)
-            wanted = torch.eye(classes, dtype=p.dtype, device=p.device).repeat_interleave(KNOTS, dim=0)
-        self._knots = loss.pair_gradient(at_knots, wanted)
-        self.value = self._interpolated(self._knots.value)
+        self._knots = _knots_of(loss, self._classes, p)
+        self._pieces = self._knots.pieces
+        self.value = self._looked_up(self._knots.table.detach())
 
     def losses(self) -> Tensor:
         """Return them by lookup too."""
-        return self._interpolated(self._knots.losses())
+        return self._looked_up(self._knots.table_of(self._knots.gradient.losses()))
 
-    def _interpolated(self, at_knots: Tensor) -> Tensor:
+    def _looked_up(self, table: Tensor) -> Tensor:
         """Return at the pairs what is known at the knots."""
         pairs, p = self._pairs, self._pairs.prediction.detach()
-        values = at_knots.view(-1, KNOTS, at_knots.shape[1]).transpose(1, 2).reshape(-1, KNOTS)
-        # Of each function and window the four coefficients, (4, functions · windows).
-        table = torch.einsum("fwk,ck->cfw", values.unfold(1, 4, 1), _cubic(values.dtype, values.device)).reshape(4, -1)
         if self._classes is not None:
-            return self._looked_up(table, p, self._pairs_of_classes())
+            return self._at(table, p, self._pairs_of_classes())
         if pairs.labels is None:
-            return self._looked_up(table, p, pairs.target.long() * _WINDOWS)
+            return self._at(table, p, pairs.target.long() * self._pieces)
         labels = pairs.labels.unsqueeze(1)
-        of_label = self._looked_up(table, p.gather(1, labels), None, function=1)
-        return self._looked_up(table, p, None).scatter_(1, labels, of_label)
+        of_label = self._at(table, p.gather(1, labels), None, function=1)
+        return self._at(table, p, None).scatter_(1, labels, of_label)
 
     def _pairs_of_classes(self) -> Tensor:
         """Return where the functions of the pairs of classes begin, of the shape of the pairs."""
         pairs, classes = self._pairs, self._pairs.prediction.shape[1]
         labels = pairs.target.argmax(1) if pairs.labels is None else pairs.labels
         outputs = torch.arange(classes, device=labels.device).view(1, -1, *[1] * (labels.ndim - 1))
-        return (labels.unsqueeze(1) * classes + outputs) * _WINDOWS
+        return (labels.unsqueeze(1) * classes + outputs) * self._pieces
 
     def _chunks(
         self, p: Tensor, starts: Tensor | None, other: Tensor
@@ -93,38 +94,36 @@ class KnotGradient(OutputGradient):
         begins = [None] * len(parts) if starts is None else starts.reshape(-1).split(self._chunk)
         return zip(parts, begins, other.reshape(-1).split(self._chunk))
 
-    @staticmethod
-    def _places(p: Tensor, starts: Tensor | None, function: int) -> tuple[Tensor, Tensor]:
-        """Return in which window of the table a probability lies, and where in it, in [0, 3]."""
-        x = p * (KNOTS - 1)
-        window = (x.long() - 1).clamp_(0, _WINDOWS - 1)
-        u = x.sub_(window)
+    def _places(self, p: Tensor, starts: Tensor | None, function: int) -> tuple[Tensor, Tensor]:
+        """Return in which piece of the table a probability lies, and where in it, in [0, 1]."""
+        x = p * self._pieces
+        piece = x.long().clamp_(0, self._pieces - 1)
+        u = x.sub_(piece)
         if starts is not None:
-            window += starts
-        return window.add_(function * _WINDOWS) if function else window, u
+            piece += starts
+        return piece.add_(function * self._pieces) if function else piece, u
 
-    def _looked_up(self, table: Tensor, p: Tensor, starts: Tensor | None, function: int = 0) -> Tensor:
+    def _at(self, table: Tensor, p: Tensor, starts: Tensor | None, function: int = 0) -> Tensor:
         value = torch.empty_like(p, memory_format=torch.contiguous_format)
+        highest, *lower = table.flip(0)
         for part, begin, into in self._chunks(p, starts, value):
-            window, u = self._places(part, begin, function)
-            torch.index_select(table[3], 0, window, out=into)
-            for k in (2, 1, 0):
-                into.mul_(u).add_(table[k].index_select(0, window))
+            piece, u = self._places(part, begin, function)
+            torch.index_select(highest, 0, piece, out=into)
+            for coefficients in lower:
+                into.mul_(u).add_(coefficients.index_select(0, piece))
         return value
 
     def _spread(self, moments: Tensor, p: Tensor, tangent: Tensor, starts: Tensor | None, function: int = 0) -> None:
         """Add the tangents to the coefficients that they meet."""
         for part, begin, weight in self._chunks(p, starts, tangent):
-            window, u = self._places(part, begin, function)
-            by_power = weight.unsqueeze(1).repeat(1, 4)
-            for k in range(1, 4):
-                torch.mul(by_power[:, k - 1], u, out=by_power[:, k])
-            moments.index_add_(0, window, by_power)
+            piece, u = self._places(part, begin, function)
+            for power, row in enumerate(moments):
+                weight = weight * u if power else weight
+                row.scatter_add_(0, piece, weight)
 
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ Σ_i tangent_i · value_i``."""
-        pairs, p, functions = self._pairs, self._pairs.prediction.detach(), self._knots.value.numel() // KNOTS
-        moments = p.new_zeros(functions * _WINDOWS, 4)
+        pairs, p, moments = self._pairs, self._pairs.prediction.detach(), torch.zeros_like(self._knots.table)
         if self._classes is not None:
             self._spread(moments, p, tangent, self._pairs_of_classes())
         elif pairs.labels is not None:
@@ -133,10 +132,57 @@ class KnotGradient(OutputGradient):
             self._spread(moments, p, tangent.scatter(1, labels, 0.0), None)
             self._spread(moments, p.gather(1, labels), of_label, None, function=1)
         else:
-            self._spread(moments, p, tangent, pairs.target.long() * _WINDOWS)
-        by_window = (moments @ _cubic(moments.dtype, moments.device)).view(-1, _WINDOWS, 4)
-        at_knots = by_window.new_zeros(len(by_window), KNOTS)
-        for i in range(4):
-            at_knots[:, i : i + _WINDOWS] += by_window[:, :, i]
-        outputs = self._knots.value.shape[1]
-        return self._knots.vjp(at_knots.view(-1, outputs, KNOTS).transpose(1, 2).reshape(-1, outputs))
+            self._spread(moments, p, tangent, pairs.target.long() * self._pieces)
+        return self._knots.vjp(moments)
+
+
+class _Knots:
+    """The functions of a learned loss at their knots, and the table of what is between; they serve until φ moves."""
+
+    def __init__(self, loss: LearnedLoss, classes: int | None, p: Tensor) -> None:
+        grid = torch.linspace(0.0, 1.0, KNOTS, dtype=p.dtype, device=p.device)
+        if classes is None:
+            at_knots = grid.unsqueeze(1).expand(-1, 2)
+            wanted = torch.arange(2, dtype=p.dtype, device=p.device).expand(KNOTS, -1)
+        else:
+            at_knots = grid.repeat(classes).unsqueeze(1).expand(-1, classes)  # (label · knot, output)
+            wanted = torch.eye(classes, dtype=p.dtype, device=p.device).repeat_interleave(KNOTS, dim=0)
+        self.gradient = loss.pair_gradient(at_knots, wanted)
+        self.pieces = _BETWEEN * (_FINE if classes is None else 1)
+        with torch.enable_grad():
+            self._values = self.gradient.value.detach().requires_grad_()
+            self.table = self.table_of(self._values)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a loss that is copied or written goes without
+
+    def table_of(self, at_knots: Tensor) -> Tensor:
+        """Return of each function and piece the coefficients, (degree + 1, functions · pieces)."""
+        values = at_knots.view(-1, KNOTS, at_knots.shape[1]).transpose(1, 2).reshape(-1, KNOTS)
+        ends = [_beyond(*end.split(1, dim=1)) for end in (values[:, :4], values[:, -4:].flip(1))]
+        knots = torch.cat([ends[0], values, ends[1]], dim=1).unfold(1, 4, 1)
+        basis = _basis(self.pieces // _BETWEEN, values.dtype, values.device)
+        return torch.einsum("fwq,rkq->kfwr", knots, basis).reshape(basis.shape[1], -1)
+
+    def vjp(self, moments: Tensor) -> dict[str, Tensor]:
+        """Return ``∂/∂φ ⟨table, moments⟩``."""
+        (at_knots,) = torch.autograd.grad(self.table, self._values, moments, retain_graph=True)
+        return self.gradient.vjp(at_knots)
+
+
+def _knots_of(loss: LearnedLoss, classes: int | None, p: Tensor) -> _Knots:
+    """Return the knots of a loss for probabilities like p; those of before, as long as φ has stood still."""
+    tensors = [*loss.parameters(), *loss.buffers()]
+    if any(tensor.is_inference() for tensor in tensors):  # they do not count their changes
+        return _Knots(loss, classes, p)
+    state = (classes, p.dtype, p.device, *((id(t), t.data_ptr(), t._version) for t in tensors))
+    known = loss.known[1] if loss.known is not None and loss.known[0] == state else None
+    if known is None:
+        known = _Knots(loss, classes, p)
+        loss.known = state, known
+    return known
+
+
+def _beyond(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Return what the cubic through four knots has one knot before the first."""
+    return 4 * (a + c) - 6 * b - d

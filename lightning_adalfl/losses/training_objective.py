@@ -138,7 +138,7 @@ class _BentDescent(Descent):
         self._learned_loss = learned_loss
         self._learned: LearnedGradient | None = None
         self._rho: list[Tensor] | None = None
-        self._known: dict[int, tuple[Tensor, ...]] = {}
+        self._known: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         if not is_zero:
             self.refresh()
 
@@ -149,40 +149,37 @@ class _BentDescent(Descent):
             self._learned.refresh()
         self._rho, self._known = self.predicted.pulled(self._learned.value), {}
 
-    def _bend(self, i: int) -> Tensor | None:
-        if self._rho is None:
-            return None
-        tau, rho, c, is_finite = self._parts(i)
-        # In this form it is exactly zero where ρ is.
-        return torch.where(is_finite, (c - 1) * tau + c * rho, torch.zeros_like(tau))
+    def _bent(self, i: int) -> Tensor | None:
+        return None if self._rho is None else self._parts(i)[0]
 
-    def _parts(self, i: int) -> tuple[Tensor, ...]:
-        """Return τ, ρ and c of an output, and whether τ + ρ is finite; where it is not, τ stands alone."""
+    def _parts(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return km and c of an output, and whether τ + ρ is finite; where it is not, τ stands alone."""
         if i not in self._known:
-            tau = self.own[i]
-            rho = torch.zeros_like(tau) if self._rho is None else self._rho[i].to(tau.dtype)
-            own, bent = tau.norm(), (tau + rho).norm()
-            is_finite = torch.isfinite(bent)
+            slope = self._slope(i)
+            # In place where it can be: of many outputs each pass, and each new tensor, costs as much as the norms.
+            bent = slope.clone() if self._rho is None else torch.addcmul(slope, self._rho[i].to(slope.dtype), self.k)
+            own, length = slope.norm(), bent.norm()
+            is_finite = torch.isfinite(length)
             if self._learned_loss.task == "regression":
-                rho = torch.where(tau.sign() * (tau + rho) < 0, -tau, rho)
-                bent = (tau + rho).norm()
-            self._known[i] = tau, rho, torch.where(bent > own, own / bent, torch.ones_like(own)), is_finite
+                bent.masked_fill_(slope.sign() * bent < 0, 0.0)
+                length = bent.norm()
+            c = torch.where(length > own, own / length, torch.ones_like(own))
+            self._known[i] = torch.where(is_finite, bent.mul_(c), slope), c, is_finite
         return self._known[i]
 
     def applied(self) -> list[Tensor]:
-        parts = map(self._parts, range(len(self.own)))
-        return [torch.where(is_finite, c * (tau + rho), tau) for tau, rho, c, is_finite in parts]
+        return [self._parts(i)[0] / self.k for i in range(len(self._slopes))]
 
     def vjp(self, tangents: Sequence[Tensor]) -> dict[str, Tensor]:
         learned = self._learned or LearnedGradient(self._learned_loss, self.predicted, by_outputs=False)
         through = []
         for i, h in enumerate(tangents):
-            tau, rho, c, is_finite = self._parts(i)
-            bent, h = tau + rho, h.to(tau.dtype)
-            along = (bent * h).sum() / bent.square().sum().clamp_min(torch.finfo(bent.dtype).tiny)
-            by_bent = torch.where(c < 1, c * (h - bent * along), h)
+            m, c, is_finite = self._parts(i)
+            h = h.to(m.dtype)
+            along = (m * h).sum() / m.square().sum().clamp_min(torch.finfo(m.dtype).tiny)
+            by_bent = torch.where(c < 1, c * (h - m * along), h)
             if self._learned_loss.task == "regression":  # what was stopped may only go back
-                is_finite = is_finite & ((bent != 0) | (tau.sign() * h <= 0))
+                is_finite = is_finite & ((m != 0) | (self._slope(i).sign() * h <= 0))
             through.append(torch.where(is_finite, by_bent, torch.zeros_like(h)))
         return learned.vjp(self.predicted.pushed(through))
 
