@@ -93,7 +93,7 @@ class LearnedGradient:
         """Take in that φ has moved."""
         with without_autocast(self._weight.device), torch.no_grad():
             self._gradient = pair_gradient(self._loss, self._pairs)
-            by_pairs = self._gradient.value * self._weight
+            by_pairs = self._gradient.value.mul_(self._weight)  # in place, since nobody else has it
             self.value = self._loss.pairing.link_vjp(self._pairs.prediction, by_pairs)
 
     def loss(self) -> Tensor:

@@ -164,7 +164,7 @@ class _BentDescent(Descent):
                 bent.masked_fill_(slope.sign() * bent < 0, 0.0)
                 length = bent.norm()
             c = torch.where(length > own, own / length, torch.ones_like(own))
-            self._known[i] = torch.where(is_finite, bent.mul_(c), slope), c, is_finite
+            self._known[i] = torch.where(is_finite, bent.mul_(c), slope, out=bent), c, is_finite
         return self._known[i]
 
     def applied(self) -> list[Tensor]:
@@ -175,12 +175,13 @@ class _BentDescent(Descent):
         through = []
         for i, h in enumerate(tangents):
             m, c, is_finite = self._parts(i)
-            h = h.to(m.dtype)
-            along = (m * h).sum() / m.square().sum().clamp_min(torch.finfo(m.dtype).tiny)
-            by_bent = torch.where(c < 1, c * (h - m * along), h)
+            h, rows = h.to(m.dtype), m.reshape(-1)
+            along = rows.dot(h.reshape(-1)) / rows.dot(rows).clamp_min(torch.finfo(m.dtype).tiny)
+            # c (h - ⟨m, h⟩ m / ⟨m, m⟩) where the slope was shortened, else h.
+            by_bent = (h * c).addcmul_(m, torch.where(c < 1, c * along, 0.0), value=-1.0)
             if self._learned_loss.task == "regression":  # what was stopped may only go back
                 is_finite = is_finite & ((m != 0) | (self._slope(i).sign() * h <= 0))
-            through.append(torch.where(is_finite, by_bent, torch.zeros_like(h)))
+            through.append(by_bent.masked_fill_(~is_finite, 0.0))
         return learned.vjp(self.predicted.pushed(through))
 
     def value(self) -> Tensor:
