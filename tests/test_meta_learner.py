@@ -561,8 +561,7 @@ def test_a_rate_that_is_too_low_rises_and_one_too_high_falls(lr: float) -> None:
     for batch in itertools.islice(batches(1), 120):
         optimizer.zero_grad()
         step.descend(learner.objective, F.cross_entropy(*step.forward(batch))).backward()
-        with learner.rate.applied_to(optimizer):
-            step.step()
+        step.step()
         learner.end_base_step(step, held_out)
     assert (learner.lr_scale > 1.5) if lr < 1 else (learner.lr_scale < 0.67)
     assert rates[0] == lr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,8 +71,7 @@ def learn(run: Run, learner: MetaLearner) -> None:
         predictions, target = step.forward(next(batches))
         run.optimizer.zero_grad()
         step.descend(learner.objective, run.task.own_loss(predictions, target)).backward()
-        with nullcontext() if learner.rate is None else learner.rate.applied_to(run.optimizer):
-            step.step()
+        step.step()
         learner.end_base_step(step, held_out)
         run.ended()
     if learner.rate is not None:

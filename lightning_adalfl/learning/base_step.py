@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ class BaseStep:
         loss_scale: What a gradient scaler has put on the losses and taken out of the gradient again.
         overwrites_gradient: Whether the optimizer's step is not torch's own, so that it may change the gradient in
             place; :meth:`after_step` then needs the gradient as it was.
+        at_rate: Returns a context for :meth:`step`, in which the optimizer has the learned rate, where one is learned.
 
     Raises:
         ValueError: For an unknown way, or an optimizer that it cannot see through.
@@ -120,6 +122,7 @@ class BaseStep:
         self._clipping: Clipping | None = None
         self._vjp: OptimizerVJP | None = None
         self._check = check
+        self.at_rate: Callable[[Optimizer], AbstractContextManager[Any]] = nullcontext
         self._is_repeatable = False
 
     def forward(self, batch: Any) -> tuple[Tensor, ...]:
@@ -202,12 +205,13 @@ class BaseStep:
         Args:
             clipping: What the gradient has been through.
         """
-        self.before_step(clipping)
-        gradients = None
-        if clipping is not None or self.overwrites_gradient:
-            # The optimizer may write over them, or the next step of an inner loop.
-            gradients = [p.grad.clone() for p in self.parameters if p.grad is not None]
-        self.optimizer.step()
+        with self.at_rate(self.optimizer):
+            self.before_step(clipping)
+            gradients = None
+            if clipping is not None or self.overwrites_gradient:
+                # The optimizer may write over them, or the next step of an inner loop.
+                gradients = [p.grad.clone() for p in self.parameters if p.grad is not None]
+            self.optimizer.step()
         self.after_step(gradients=gradients)
 
     @property

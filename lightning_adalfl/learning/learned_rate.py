@@ -42,7 +42,7 @@ class LearnedRate:
 
     @contextmanager
     def applied_to(self, optimizer: Optimizer) -> Iterator[None]:
-        """Let an optimizer step with its learning rates times exp(s) in the body, as in a loop of one's own."""
+        """Let an optimizer step with its rates times exp(s) in the body; ``BaseStep.step`` does so by itself."""
         rates, scale = [group["lr"] for group in optimizer.param_groups], self.scale
         try:
             for group, rate in zip(optimizer.param_groups, rates):

@@ -29,7 +29,7 @@ RATE_HORIZON = 100  # base steps
 class MetaLearner:
     """What is meta-learned, and how.
 
-    In a loop of one's own it gives what the mixin gives::
+    In a loop of one's own it gives what the mixin gives, a learned rate included::
 
         learner = MetaLearner(AdaLFLConfig("multiclass"))
         step = learner.new_base_step(model, optimizer)
@@ -77,6 +77,7 @@ class MetaLearner:
     def new_base_step(self, model: nn.Module, optimizer: Optimizer, predict: Predict | None = None) -> BaseStep:
         """Return what records base steps of ``optimizer``; φ moves to the device of the model."""
         step = BaseStep(model, optimizer, predict, self.config.hypergradient, self.check)
+        step.at_rate = step.at_rate if self.rate is None else self.rate.applied_to
         self.to(step.device)
         return step
 
@@ -251,8 +252,7 @@ class MetaLearner:
     def finish_offline(self) -> None:
         """Take over what an offline phase has learned: training begins with fresh moments, and counts from zero."""
         self.start()
-        self.is_initialised = True
-        self.meta_steps = self.answered = 0
+        self.is_initialised, self.meta_steps, self.answered = True, 0, 0
         self._scalars, self._descent = {}, None
 
     @torch.no_grad()
