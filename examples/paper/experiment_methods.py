@@ -126,6 +126,7 @@ def _open_settings() -> dict[str, Method]:
         "bias=True": {"network": {"bias": True}},
         "reduction=sum": {"network": {"reduction": "sum"}},
         "reset=initial": {"init": {"reset": "initial"}},
+        "inner_steps=5": {"init": {"inner_steps": 5}},
         **{f"draw={draw}": {"draw": draw} for draw in SMALL_DRAWS},
     }
     rows = {name: METHODS[name] for name in ("ml3", "adalfl")}
