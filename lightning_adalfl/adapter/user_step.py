@@ -15,7 +15,7 @@ from lightning_adalfl.adapter.observed_calls import Call, ObservedCalls, equal_t
 from lightning_adalfl.learning.base_step import Predicted
 from lightning_adalfl.learning.jvp import JacobianProduct
 from lightning_adalfl.learning.recorded_forward import Predict, RandomState, RecordedForward, TorchState, Using
-from lightning_adalfl.learning.torch_private import leaves_of_graph, map_tensors, tensors_in, version
+from lightning_adalfl.learning.torch_private import graph_nodes, leaves_of_graph, map_tensors, tensors_in, version
 
 _SAY_HOW = """Say how they are predicted, in a method of {name}:
 
@@ -44,17 +44,8 @@ class Found:
 
 
 def _depends(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
-    wanted = {o.grad_fn for o in outputs}
-    seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node in wanted:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [parent for parent, _ in node.next_functions]
-    return False
+    wanted = {torch.autograd.graph.get_gradient_edge(o).node for o in outputs if o.requires_grad}
+    return any(node in wanted for node in graph_nodes(loss))
 
 
 class StepObserver:
