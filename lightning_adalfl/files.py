@@ -41,11 +41,6 @@ def atomic_write(path: PathLike) -> Iterator[BinaryIO]:
             filesystem.rm(partial)
 
 
-def joined(folder: PathLike, *parts: str) -> str:
-    """Return a path below ``folder``, a local one or a URL."""
-    return os.path.join(os.fspath(folder), *parts)
-
-
 def exists(path: PathLike) -> bool:
     """Return whether there is such a file."""
     filesystem, path = _located(path)

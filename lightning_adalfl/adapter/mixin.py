@@ -26,7 +26,7 @@ from lightning_adalfl.adapter.meta_batches import meta_loader
 from lightning_adalfl.adapter.offline import draw_parameters
 from lightning_adalfl.adapter.online import OnlineRun
 from lightning_adalfl.adapter.plugins import NotedClipping
-from lightning_adalfl.adapter.refusals import base_optimizer, check_trainer, watched_metrics
+from lightning_adalfl.adapter.refusals import base_optimizer, check_trainer
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.learning.meta_learner import MetaLearner
 
@@ -147,7 +147,8 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
         super().on_fit_start()  # type: ignore[misc]
         learner, trainer = self._adalfl_learner(), self.trainer
         learner.to(self.device)  # type: ignore[attr-defined]
-        watched = watched_metrics(trainer.callbacks)
+        names = {str(getattr(callback, "monitor", None) or "") for callback in trainer.callbacks}
+        watched = sorted(name for name in names if "val" in name)
         if learner.config.meta_data == "val" and learner.config.meta_every is not None and watched:
             rank_zero_warn(
                 f"Callbacks monitor {watched}, and with `meta_data='val'` the learned loss is trained on the "

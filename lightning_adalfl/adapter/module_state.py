@@ -99,22 +99,18 @@ _ABSENT = object()
 def _content(value: Any) -> Any:
     if type(value) in _CONTAINERS:
         return copy.copy(value)
-    if isinstance(value, torch.Generator):
+    if isinstance(value, (torch.Generator, np.random.RandomState)):
         return value.get_state()
     if isinstance(value, np.random.Generator):
         return copy.deepcopy(value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
-        return value.get_state()
     return value.getstate() if isinstance(value, random.Random) else None
 
 
 def _set_generator(value: Any, content: Any) -> None:
-    if isinstance(value, torch.Generator):
+    if isinstance(value, (torch.Generator, np.random.RandomState)):
         value.set_state(content)
     elif isinstance(value, np.random.Generator):
         value.bit_generator.state = content
-    elif isinstance(value, np.random.RandomState):
-        value.set_state(content)
     else:
         value.setstate(content)
 

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 
 from lightning_adalfl.learning.jvp import JacobianProduct
 from lightning_adalfl.learning.recorded_forward import TorchState, Using
-from lightning_adalfl.learning.torch_private import (
-    InterceptedCalls,
-    is_compiled,
-    map_tensors,
-    tensors_in,
-    version,
-)
+from lightning_adalfl.learning.torch_private import InterceptedCalls, is_compiled, map_tensors, tensors_in, version
 
 
 @dataclass
@@ -27,6 +21,7 @@ class Call:
 
     Attributes:
         module: What was called.
+        place: The module's id, and how many calls of it came before since :meth:`ObservedCalls.forget`.
         args: Its arguments; containers copied, tensors as they are.
         kwargs: Likewise.
         versions: Of the tensors among them, when it was called.
@@ -41,6 +36,7 @@ class Call:
     """
 
     module: nn.Module
+    place: tuple[int, int]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     versions: list[int]
@@ -138,9 +134,9 @@ class ObservedCalls:
             place = (id(module), sum(c.module is module for c in self.calls))
             is_changed = not self._knows_changed or place in self._changed
             # A copy for the step to change: the output itself stays what the module gave, graph and all.
-            returned = map_tensors(_copy, output) if is_changed else output
+            returned = map_tensors(lambda t: t.clone() if t.requires_grad else t, output) if is_changed else output
             after = TorchState.capture(self._device)
-            self.calls.append(Call(module, args, kwargs, versions, before, after, output, returned, kept))
+            self.calls.append(Call(module, place, args, kwargs, versions, before, after, output, returned, kept))
             return returned
 
         with self.handling(observed):
@@ -156,12 +152,9 @@ class ObservedCalls:
     def _find_changed(self) -> None:
         if self._knows_changed:
             return
-        seen: dict[int, int] = {}
         for call in self.calls:
-            place = (id(call.module), seen.setdefault(id(call.module), 0))
-            seen[id(call.module)] += 1
             if any(version(t) for t in tensors_in(call.returned) if t.requires_grad):
-                self._changed.add(place)
+                self._changed.add(call.place)
 
     @contextmanager
     def answering(self, choose: Callable[[Sequence[Call], tuple[Any, ...], dict[str, Any]], Call]) -> Iterator[None]:
@@ -248,10 +241,6 @@ def _with_inputs(known: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return map_tensors(lambda _: next(chosen), (known.args, known.kwargs))
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.requires_grad else tensor
-
-
 def _outside_the_compiler(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the module and its submodules, but for those inside a compiled one, which the compiler sees."""
     seen: set[int] = set()
@@ -264,11 +253,6 @@ def _outside_the_compiler(module: nn.Module) -> Iterator[nn.Module]:
         yield found
         if found is module or not is_compiled(found):
             waiting += found.children()
-
-
-def same_tensors(known: list[Tensor], given: list[Tensor]) -> bool:
-    """Return whether these are the very same tensors."""
-    return len(known) == len(given) and all(a is b for a, b in zip(known, given))
 
 
 def equal_tensors(known: list[Tensor], given: list[Tensor]) -> bool:

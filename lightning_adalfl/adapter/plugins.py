@@ -22,9 +22,9 @@ _GROWTH_INTERVAL = 2000
 def broadcast(learner: MetaLearner, trainer: Any) -> None:
     """Give every process the first one's φ."""
     if trainer.world_size > 1:
-        tensors = [] if learner.loss is None else list(learner.loss.state_dict().values())
-        for tensor in [*tensors, *(p.detach() for p in learner.learned.values())]:
-            torch.distributed.broadcast(tensor, src=0)
+        known = {} if learner.loss is None else learner.loss.state_dict()
+        for tensor in {**learner.learned, **known}.values():
+            torch.distributed.broadcast(tensor.detach(), src=0)
 
 
 def mean_over_processes(trainer: Any) -> Callable[[list[Tensor]], None] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch.optim import Optimizer
@@ -80,9 +79,3 @@ def base_optimizer(trainer: Any, learner: MetaLearner) -> Optimizer:
             f"`optimizer` is {chosen} and `configure_optimizers` returned {len(optimizers)}; give an index below."
         )
     return optimizers[chosen or 0]
-
-
-def watched_metrics(callbacks: Iterable[Any]) -> list[str]:
-    """Return the validation metrics that callbacks monitor."""
-    names = {str(getattr(callback, "monitor", None) or "") for callback in callbacks}
-    return sorted(name for name in names if "val" in name)

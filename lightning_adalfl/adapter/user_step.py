@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_adalfl.adapter.module_state import ModuleState
-from lightning_adalfl.adapter.observed_calls import Call, ObservedCalls, equal_tensors, same_tensors
+from lightning_adalfl.adapter.observed_calls import Call, ObservedCalls, equal_tensors
 from lightning_adalfl.learning.base_step import Predicted
 from lightning_adalfl.learning.jvp import JacobianProduct
 from lightning_adalfl.learning.recorded_forward import Predict, RandomState, RecordedForward, TorchState, Using
-from lightning_adalfl.learning.torch_private import leaves_of_graph, map_tensors, tensors_in, version
+from lightning_adalfl.learning.torch_private import graph_nodes, leaves_of_graph, map_tensors, tensors_in, version
 
 _SAY_HOW = """Say how they are predicted, in a method of {name}:
 
@@ -44,17 +44,8 @@ class Found:
 
 
 def _depends(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
-    wanted = {o.grad_fn for o in outputs}
-    seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node in wanted:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [parent for parent, _ in node.next_functions]
-    return False
+    wanted = {torch.autograd.graph.get_gradient_edge(o).node for o in outputs if o.requires_grad}
+    return any(node in wanted for node in graph_nodes(loss))
 
 
 class StepObserver:
@@ -177,7 +168,7 @@ class StepObserver:
         leaves = [answers[i].leaves[place] for i, place in wanted]
         if len(wanted) == 1 and predictions is answers[wanted[0][0]].given[wanted[0][1]]:
             predictions = leaves[0]
-        predicted = Predicted(outputs, leaves, predictions, target, weight[0] if weight else None)
+        predicted = Predicted(outputs, leaves, predictions, target, *weight)
         self._is_first = False
         return Found(predicted, self._recorded(answers, predicted, wanted) if self._start else None)
 
@@ -207,11 +198,8 @@ class StepObserver:
     @contextmanager
     def _put_back(self) -> Iterator[None]:
         """Leave random states and the modules' attributes, in the first step their buffers too, as the step did."""
-        random: RandomState | TorchState
-        if self._is_first or self._draws_elsewhere:
-            random = RandomState.capture(self._device)
-        else:
-            random = TorchState.capture(self._device)
+        is_whole = self._is_first or self._draws_elsewhere
+        random = (RandomState if is_whole else TorchState).capture(self._device)
         state = self._state.capture()
         # Exchanged, since writing values back in place would spoil the graph of the step.
         is_exchanged = self._is_first or self._calls.has_run
@@ -231,7 +219,7 @@ class StepObserver:
     def _chosen(self, left: Sequence[Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Return the observed call that has the inputs that are given, or else the first; refuse changed inputs."""
         given = tensors_in((args, kwargs))
-        same, loss = [c for c in left if same_tensors(c.inputs, given)], self._loss
+        same, loss = [c for c in left if list(map(id, c.inputs)) == list(map(id, given))], self._loss
         if len(same) > 1 and loss is not None:
             same = [c for c in same if _depends(loss, tensors_in(c.output))] or same
         known = same[0] if same else None

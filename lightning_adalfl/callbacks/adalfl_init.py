@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import warnings
 import zipfile
 from functools import partial
@@ -22,7 +23,7 @@ from lightning_adalfl.adapter.offline import OfflinePhase, untouched
 from lightning_adalfl.adapter.plugins import gathered
 from lightning_adalfl.adapter.refusals import base_optimizer, learner_of
 from lightning_adalfl.checks import one_of, positive_number, whole_number
-from lightning_adalfl.files import atomic_write, exists, joined, read_bytes, remove
+from lightning_adalfl.files import atomic_write, exists, read_bytes, remove
 
 _FORMAT_VERSION = 2
 _SAME = 1e-3  # relative; the first meta step of the same run differs by less, on a device that sums in any order
@@ -194,7 +195,7 @@ class OfflineFile:
 
     def __init__(self, trainer: Any, settings: dict[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        self.path = joined(trainer.default_root_dir, f"adalfl_offline_{digest}.pt")
+        self.path = os.path.join(trainer.default_root_dir, f"adalfl_offline_{digest}.pt")
         self._trainer = trainer
         self.is_enabled = bool(trainer.checkpoint_callbacks) and not trainer.fast_dev_run
 

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lightning_adalfl.adapter.lightning_private import is_a
-from lightning_adalfl.files import atomic_write, joined
+from lightning_adalfl.files import atomic_write
 
 
 def log_figure(logger: Any, tag: str, figure: Figure, step: int, default_dir: str | None = None) -> None:
@@ -38,7 +38,7 @@ def log_figure(logger: Any, tag: str, figure: Figure, step: int, default_dir: st
     else:
         folder = logger_dir(logger) or default_dir
         if folder is not None:
-            with atomic_write(joined(folder, file)) as png:
+            with atomic_write(os.path.join(folder, file)) as png:
                 figure.savefig(png, format="png")
 
 
@@ -54,7 +54,7 @@ def logger_dir(logger: Any) -> str | None:
     if not isinstance(logger.save_dir, (str, os.PathLike)):
         return None
     version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
-    return joined(logger.save_dir, *(str(part) for part in (logger.name, version) if part is not None))
+    return os.path.join(logger.save_dir, *(str(part) for part in (logger.name, version) if part is not None))
 
 
 def run_dir(trainer: Any) -> str:

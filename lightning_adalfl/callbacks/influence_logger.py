@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from lightning_adalfl.adapter.recorded_indices import REMEDY, forget, indices_of
 from lightning_adalfl.adapter.refusals import learner_of
 from lightning_adalfl.callbacks.figure_logging import log_figure, run_dir, writes
 from lightning_adalfl.checks import whole_number
-from lightning_adalfl.files import atomic_write, joined
+from lightning_adalfl.files import atomic_write
 from lightning_adalfl.inspection.figures import plot_images, plot_influence
 from lightning_adalfl.inspection.influence import COLUMNS, INFLUENCE_FILE, InfluenceTable
 from lightning_adalfl.inspection.target_scores import other_targets, target_scores
@@ -122,7 +123,7 @@ class InfluenceLogger(Callback):
         self.table = InfluenceTable(pl_module.adalfl.task.name, **self._totals())
         self._follow(self.table.sums[:, [0, 3]].double(), self.table.probes[:, 0, [0, 2]].double())
         if writes(trainer):
-            self.table.save(joined(run_dir(trainer), INFLUENCE_FILE))
+            self.table.save(os.path.join(run_dir(trainer), INFLUENCE_FILE))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the figures."""
@@ -132,7 +133,7 @@ class InfluenceLogger(Callback):
         figures = {"influence": plot_influence(self.table), "influence_images": self._images(pl_module)}
         for name, figure in figures.items():
             if figure is not None:
-                with atomic_write(joined(run_dir(trainer), f"{name}.png")) as file:
+                with atomic_write(os.path.join(run_dir(trainer), f"{name}.png")) as file:
                     figure.savefig(file, format="png")
                 for logger in trainer.loggers:
                     log_figure(logger, f"adalfl/{name}", figure, pl_module.adalfl.base_steps)

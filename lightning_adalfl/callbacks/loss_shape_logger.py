@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,6 @@ from lightning_adalfl.adapter.lightning_private import lightning, wants_logs
 from lightning_adalfl.adapter.refusals import learner_of
 from lightning_adalfl.callbacks.figure_logging import log_figure, run_dir, writes
 from lightning_adalfl.checks import positive_number, whole_number
-from lightning_adalfl.files import joined
 from lightning_adalfl.inspection.figures import plot_heatmap, plot_history
 from lightning_adalfl.inspection.history import FILE_NAME, LossHistory
 from lightning_adalfl.inspection.loss_shape import checked_targets
@@ -159,7 +159,7 @@ class LossShapeLogger(Callback):
         self._scalars = {"adalfl/flatness": shape.flatness}
         if shape.task != "regression":
             self._scalars["adalfl/turn_up"] = shape.turn_up
-        self.history.save(joined(run_dir(trainer), FILE_NAME))
+        self.history.save(os.path.join(run_dir(trainer), FILE_NAME))
 
     def _is_figure_due(self, step: int) -> bool:
         if self.figure_every is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_adalfl.checks import whole_number
-from lightning_adalfl.files import PathLike, exists, joined, kind_of, read_tensors, write_tensors
+from lightning_adalfl.files import PathLike, exists, kind_of, read_tensors, write_tensors
 from lightning_adalfl.inspection.loss_shape import LossShape, classes_met, loss_shape
 from lightning_adalfl.losses.learned_loss import LOSS_KIND, LearnedLoss
 
@@ -225,8 +225,8 @@ def read(path: PathLike, is_added: bool = True) -> LossHistory:
     name = os.fspath(path)
     filesystem, place = fsspec.core.url_to_fs(name)
     if filesystem.isdir(place):
-        if exists(joined(name, FILE_NAME)):
-            return LossHistory.load(joined(name, FILE_NAME))
+        if exists(os.path.join(name, FILE_NAME)):
+            return LossHistory.load(os.path.join(name, FILE_NAME))
         below = sorted(os.path.dirname(found) for found in filesystem.glob(f"{place}/**/{FILE_NAME}"))
         remedy = f"below it, {', '.join(below[:5])} has one; give that" if below else "train with LossShapeLogger"
         raise ValueError(f"cannot read {name}: the folder holds no {FILE_NAME}; {remedy}.")

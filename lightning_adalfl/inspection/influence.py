@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_adalfl.files import PathLike, atomic_write, joined, read_tensors, write_tensors
+from lightning_adalfl.files import PathLike, atomic_write, read_tensors, write_tensors
 from lightning_adalfl.inspection.target_scores import SCORES
 
 INFLUENCE_FILE = "influence.safetensors"
@@ -135,7 +135,7 @@ class InfluenceTable:
             ValueError: If it is truncated, corrupt, of another kind, or from a newer version.
         """
         name = os.fspath(path)
-        name = name if name.endswith(".safetensors") else joined(name, INFLUENCE_FILE)
+        name = name if name.endswith(".safetensors") else os.path.join(name, INFLUENCE_FILE)
         content, tensors = read_tensors(name, _KIND, _VERSION)
         return cls(content["task"], **tensors)
 

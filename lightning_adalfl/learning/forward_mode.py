@@ -175,10 +175,8 @@ class _ReplayPrimals(TorchFunctionMode):
             args, kwargs = map_tensors(lambda t: forward_ad.unpack_dual(t).primal, (args, kwargs))
         if func in _PRODUCTS:
             return _product(func, self.tape.take(), *args, **kwargs)
-        if _is_activation(func, args, kwargs):
-            return _activation(func, self.tape.take(), *args, **kwargs)
-        if func in _AVERAGES:
-            return _average(func, self.tape.take(), *args, **kwargs)
+        if func in _AVERAGES or _is_activation(func, args, kwargs):
+            return _of_one(func, self.tape.take(), *args, **kwargs)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         if func is weight_norm:
@@ -200,10 +198,7 @@ def _is_activation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 
 def _unpack(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    if value is None:
-        return None, None
-    primal, tangent = forward_ad.unpack_dual(value)
-    return primal, tangent
+    return (None, None) if value is None else forward_ad.unpack_dual(value)
 
 
 def _product(
@@ -236,17 +231,14 @@ def _product(
     return forward_ad.make_dual(primal, tangent.to(primal.dtype))
 
 
-def _activation(func: Callable[..., Tensor], kept: Tensor | None, input: Tensor, inplace: bool = False) -> Tensor:
-    x, x_tangent = _unpack(input)
-    primal = func(x) if kept is None else kept
-    return primal if x_tangent is None else forward_ad.make_dual(primal, TANGENT_RULES[func](x_tangent, primal))
-
-
-def _average(func: Callable[..., Tensor], kept: Tensor | None, input: Tensor, *options: Any, **more: Any) -> Tensor:
-    """Linear, so that the tangent of the average is the average of the tangent."""
+def _of_one(func: Callable[..., Tensor], kept: Tensor | None, input: Tensor, *options: Any, **more: Any) -> Tensor:
+    """An activation by its rule, or an average: linear, so that its tangent is the average of the tangent."""
     x, x_tangent = _unpack(input)
     primal = func(x, *options, **more) if kept is None else kept
-    return primal if x_tangent is None else forward_ad.make_dual(primal, func(x_tangent, *options, **more))
+    if x_tangent is None:
+        return primal
+    rule = TANGENT_RULES.get(func)
+    return forward_ad.make_dual(primal, rule(x_tangent, primal) if rule else func(x_tangent, *options, **more))
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

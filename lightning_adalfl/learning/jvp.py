@@ -105,23 +105,19 @@ def run_plain(
 class FiniteDifference(JacobianProduct):
     """``(f(θ + δu) - f(θ)) / δ``: one forward, no AD; f(θ) is what the base forward gave.
 
-    Args:
-        size: How far the parameters are moved, in Euclidean norm; by default the square root of the precision of the
-            outputs, 3e-4 in float32, which balances rounding and curvature.
+    The parameters are moved by the square root of the precision of the outputs in Euclidean norm, 3e-4 in float32,
+    which balances rounding and curvature.
     """
 
     is_exact = False
     runs_compiled = True
-
-    def __init__(self, size: float | None = None) -> None:
-        self.size = size
 
     @torch.no_grad()
     def __call__(
         self, model: Model, forward: RecordedForward, before: Mapping[int, Tensor], direction: Sequence[Tensor]
     ) -> list[Tensor]:
         """Return the difference."""
-        size = torch.finfo(forward.outputs[0].dtype).eps ** 0.5 if self.size is None else self.size
+        size = torch.finfo(forward.outputs[0].dtype).eps ** 0.5
         length = norm(direction)
         # A zero direction has the derivative zero; the clamp keeps it from becoming 0/0.
         step = size / length.clamp_min(torch.finfo(length.dtype).tiny)

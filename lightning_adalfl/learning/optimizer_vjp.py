@@ -143,11 +143,8 @@ class _Adam(OptimizerVJP):
             for step, same in itertools.groupby(sorted(members, key=steps.__getitem__), key=steps.__getitem__):
                 chosen = list(same)
                 at = [place[id(p)] for p in chosen]
-                result.update(
-                    zip(
-                        at, self._times(group, step, chosen, *([t[k] for k in at] for t in (before, gradients, vector)))
-                    )
-                )
+                values = ([t[k] for k in at] for t in (before, gradients, vector))
+                result.update(zip(at, self._times(group, step, chosen, *values)))
         return 1.0, [result[k] for k in range(len(active))]
 
     def _times(

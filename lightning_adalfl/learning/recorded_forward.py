@@ -215,10 +215,7 @@ class Model:
                 return [self.predict(batch)[0]]
 
         predictions, target, *weight = found
-        forward = RecordedForward(
-            replay, random_state, buffers, [predictions.detach()], target, weight[0] if weight else None
-        )
-        return forward, found
+        return RecordedForward(replay, random_state, buffers, [predictions.detach()], target, *weight), found
 
     def at(
         self,

@@ -119,10 +119,7 @@ class ShadowOptimizer:
         chosen = [self.group_of[i] for i in active]
         shadow: Optimizer = object.__new__(self.optimizer_class)
         options = {"foreach": False, "fused": False, "capturable": False, "differentiable": differentiable}
-        groups: list[dict[str, Any]] = []
-        for group in self.groups:
-            known = {k: v for k, v in options.items() if k in group}
-            groups.append({**group, **known, "params": []})
+        groups = [{**g, **{k: v for k, v in options.items() if k in g}, "params": []} for g in self.groups]
         for parameter, gradient, index, entry in zip(moved, gradients, chosen, copied):
             if parameter.requires_grad:
                 parameter.retain_grad()  # a non-leaf's `.grad` may be read without a warning

@@ -150,20 +150,21 @@ def _checkpoints(apply: Callable[..., Any]) -> Iterator[None]:
         del function.apply
 
 
-def leaves_of_graph(tensor: Tensor) -> list[Tensor]:
-    """Return the leaves that a tensor's graph leads to."""
-    found: list[Tensor] = []
+def graph_nodes(tensor: Tensor) -> Iterator[Any]:
+    """Yield the nodes of a tensor's graph."""
     seen: set[Any] = {None}
     waiting: list[Any] = [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        waiting += [parent for parent, _ in node.next_functions]
-    return found
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [parent for parent, _ in node.next_functions]
+
+
+def leaves_of_graph(tensor: Tensor) -> list[Tensor]:
+    """Return the leaves that a tensor's graph leads to."""
+    return [node.variable for node in graph_nodes(tensor) if hasattr(node, "variable")]
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
