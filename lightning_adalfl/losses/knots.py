@@ -176,11 +176,9 @@ def _knots_of(loss: LearnedLoss, classes: int | None, p: Tensor) -> _Knots:
     if any(tensor.is_inference() for tensor in tensors):  # they do not count their changes
         return _Knots(loss, classes, p)
     state = (classes, p.dtype, p.device, *((id(t), t.data_ptr(), t._version) for t in tensors))
-    known = loss.known[1] if loss.known is not None and loss.known[0] == state else None
-    if known is None:
-        known = _Knots(loss, classes, p)
-        loss.known = state, known
-    return known
+    if loss.known is None or loss.known[0] != state or loss.known[1] is None:
+        loss.known = state, _Knots(loss, classes, p)
+    return loss.known[1]
 
 
 def _beyond(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
