@@ -745,7 +745,7 @@ def bytes_alive(seen: set[int]) -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) in (Tensor, nn.Parameter):
+        if type(thing) in (Tensor, nn.Parameter) and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(size for pointer, size in storages.items() if pointer not in seen)
