@@ -12,6 +12,7 @@ import torch
 from projects import Ada, AdaSmooth, Plain, adaptive, assert_same, config, loaders, make, phi, points, tensors, trainer
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLInit
@@ -41,6 +42,23 @@ def phases(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         OfflinePhase, "step", lambda self: (losses.append(float(step(self))), torch.tensor(losses[-1]))[1]
     )
     return losses
+
+
+def test_its_inner_steps_have_the_learned_rate(tmp_path: Path) -> None:
+    module, seen = make(Ada, adalfl=fixed(learn="lr")), []
+
+    def note(optimizer: Any, *_: Any) -> None:
+        group = optimizer.param_groups[0]
+        if group.get("momentum") == 0:  # neither the meta optimizer nor that of training
+            seen.append((group["lr"], module.adalfl.lr_scale))
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        initialise(tmp_path, module, AdaLFLInit(steps=4, lr=0.2))
+    finally:
+        handle.remove()
+    assert len({scale for _, scale in seen}) == 4
+    assert [rate for rate, _ in seen] == pytest.approx([0.1 * scale for _, scale in seen])
 
 
 # What it is given.

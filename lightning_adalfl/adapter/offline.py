@@ -73,8 +73,7 @@ class OfflinePhase:
             {"params": [p for p in group["params"] if p.requires_grad], "lr": float(group["lr"])}
             for group in optimizer.param_groups
         ]
-        self._rates: list[float] = [group["lr"] for group in groups]
-        self._sgd = torch.optim.SGD(groups, lr=self._rates[0])
+        self._sgd = torch.optim.SGD(groups, lr=groups[0]["lr"])
         self._steps = [learner.new_base_step(module, self._sgd, predict) for _ in range(inner_steps)]
         self._initial = {name: tensor.detach().clone() for name, tensor in _state(module).items()}
         # What the module keeps beside them, such as a hidden state.
@@ -109,8 +108,6 @@ class OfflinePhase:
             self._is_first = False
         recorded = step.forwards[-1].recorded
         recorded.replay = self._attributes.replayed(recorded.replay, before)
-        for group, rate in zip(self._sgd.param_groups, self._rates):
-            group["lr"] = rate * self.learner.lr_scale
         step.step()
 
     def _take_gradients(self, step: BaseStep) -> None:

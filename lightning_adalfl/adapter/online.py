@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class OnlineRun:
         self._reduce = mean_over_processes(self.trainer)
         self.watch: Watch | None = None
         self.instances: Any = None
-        self._rates: list[Any] = []
+        self._at_rate = ExitStack()
         self._others: list[tuple[Tensor, Tensor]] = []
         self._unrecorded: list[Descent] = []
         self._is_checked = self._is_evaluated = False
@@ -189,20 +189,13 @@ class OnlineRun:
         self.base_step.forwards = kept
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.learner.rate is not None:
-            scale = self.learner.lr_scale
-            self._rates = [(group["lr"], group["lr"] * scale) for group in optimizer.param_groups]
-            for group, (_, scaled) in zip(optimizer.param_groups, self._rates):
-                group["lr"] = scaled
+        self._at_rate.enter_context(self.base_step.at_rate(optimizer))
         if self.learner.is_due:
             self._refresh_if_changed()
             self.base_step.before_step()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group, (rate, scaled) in zip(optimizer.param_groups, self._rates):
-            # A closure may have set a rate too; that one stays.
-            group["lr"] = rate if group["lr"] == scaled else group["lr"]
-        self._rates = []
+        self._at_rate.close()
         step, learner = self.base_step, self.learner
         if all(p.grad is None for p in step.parameters):
             step.clear()

@@ -43,14 +43,16 @@ class LearnedRate:
     @contextmanager
     def applied_to(self, optimizer: Optimizer) -> Iterator[None]:
         """Let an optimizer step with its rates times exp(s) in the body; ``BaseStep.step`` does so by itself."""
-        rates, scale = [group["lr"] for group in optimizer.param_groups], self.scale
+        scale = self.scale
+        rates = [(group["lr"], group["lr"] * scale) for group in optimizer.param_groups]
         try:
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * scale
+            for group, (_, scaled) in zip(optimizer.param_groups, rates):
+                group["lr"] = scaled
             yield
         finally:
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate
+            for group, (rate, scaled) in zip(optimizer.param_groups, rates):
+                # A closure may have set a rate too; that one stays.
+                group["lr"] = rate if group["lr"] == scaled else group["lr"]
 
     @torch.no_grad()
     def along(self, before: Sequence[Tensor]) -> list[Tensor] | None:
