@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from contaminated_tasks import TASKS, trusted_rows
-from rivals import METHODS
+from rivals import METHODS, run_as
 from training import Run, badness, number
 
 Record = dict[str, Any]
@@ -91,7 +91,7 @@ def jobs(
     for task in tasks:
         for seed in seeds:
             for method in methods:
-                if not METHODS[method].fits(TASKS[task]) or (task.endswith("_tuned") and not METHODS[method].sees_rate):
+                if not METHODS[method].fits(TASKS[task]) or run_as(task, method) != task:
                     continue
                 wanted = fractions if METHODS[method].learns_from_trusted else [max(FRACTIONS)]
                 for fraction in wanted:

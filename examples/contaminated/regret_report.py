@@ -17,7 +17,7 @@ from statistics import geometric_mean, mean, stdev
 
 from contaminated_tasks import TASKS
 from regret import FRACTIONS, RECORDS, Record, best_step, read
-from rivals import METHODS
+from rivals import METHODS, PAPER, TUNED, run_as
 
 PAGE = Path(__file__).parents[2] / "docs" / "contaminated.md"
 MISSING = "–"
@@ -25,7 +25,6 @@ NOT_RUN = "not run"
 GROUPS = ("regression", "classification")
 # Derived from a run of another method: the best step by the error on the trusted rows.
 STOPPED = {"own": "own loss, stopped early"}
-PAPER, TUNED = "_paper", "_tuned"  # how the names of a pair of clean tasks end
 RATES = ("own", "ours", "both", "lr", "prodigy", "mechanic", "schedule_free_sgd", "schedule_free_adamw")
 Errors = Mapping[int, float]  # by seed; a run that diverged is infinite
 
@@ -227,11 +226,6 @@ def found_rates(runs: Runs) -> list[str]:
         rate = TASKS[task].optimizer.keywords["lr"]  # type: ignore[attr-defined]
         lines.append(line([task.removeprefix("clean_"), f"{rate:g}", *cells]))
     return lines
-
-
-def run_as(task: str, method: str) -> str:
-    """Return the task under which a method was run: that of the paper's rate, if it does not see the rate."""
-    return task if METHODS[method].sees_rate else task.replace(TUNED, PAPER)
 
 
 def tasks_of(*groups: str) -> list[str]:

@@ -18,6 +18,7 @@ from training import Run
 from lightning_adalfl import AdaLFLConfig, MetaLearner
 
 BOTH = ("multiclass", "regression")
+PAPER, TUNED = "_paper", "_tuned"  # how the names of a pair of clean tasks end
 
 
 @dataclass(frozen=True)
@@ -227,3 +228,8 @@ METHODS: dict[str, Method] = {
     "schedule_free_sgd": Method("Schedule-Free SGD", schedule_free_sgd, **_LOSS, **_CLEAN),
     "schedule_free_adamw": Method("Schedule-Free AdamW", schedule_free_adamw, **_RATE),
 }
+
+
+def run_as(task: str, method: str) -> str:
+    """Return the task under which a method is run: that of the paper's rate, if it does not see the rate."""
+    return task if METHODS[method].sees_rate else task.replace(TUNED, PAPER)

@@ -62,7 +62,6 @@ class KnotGradient(OutputGradient):
         classes = p.shape[1]
         self._classes = classes if loss.tells_apart(classes) else None
         self._knots = _knots_of(loss, self._classes, p)
-        self._pieces = self._knots.pieces
         self.value = self._looked_up(self._knots.table.detach())
 
     def losses(self) -> Tensor:
@@ -75,7 +74,7 @@ class KnotGradient(OutputGradient):
         if self._classes is not None:
             return self._at(table, p, self._pairs_of_classes())
         if pairs.labels is None:
-            return self._at(table, p, pairs.target.long() * self._pieces)
+            return self._at(table, p, pairs.target.long() * self._knots.pieces)
         labels = pairs.labels.unsqueeze(1)
         of_label = self._at(table, p.gather(1, labels), None, function=1)
         return self._at(table, p, None).scatter_(1, labels, of_label)
@@ -85,7 +84,7 @@ class KnotGradient(OutputGradient):
         pairs, classes = self._pairs, self._pairs.prediction.shape[1]
         labels = pairs.target.argmax(1) if pairs.labels is None else pairs.labels
         outputs = torch.arange(classes, device=labels.device).view(1, -1, *[1] * (labels.ndim - 1))
-        return (labels.unsqueeze(1) * classes + outputs) * self._pieces
+        return (labels.unsqueeze(1) * classes + outputs) * self._knots.pieces
 
     def _chunks(
         self, p: Tensor, starts: Tensor | None, other: Tensor
@@ -96,12 +95,12 @@ class KnotGradient(OutputGradient):
 
     def _places(self, p: Tensor, starts: Tensor | None, function: int) -> tuple[Tensor, Tensor]:
         """Return in which piece of the table a probability lies, and where in it, in [0, 1]."""
-        x = p * self._pieces
-        piece = x.long().clamp_(0, self._pieces - 1)
+        x = p * self._knots.pieces
+        piece = x.long().clamp_(0, self._knots.pieces - 1)
         u = x.sub_(piece)
         if starts is not None:
             piece += starts
-        return piece.add_(function * self._pieces) if function else piece, u
+        return piece.add_(function * self._knots.pieces) if function else piece, u
 
     def _at(self, table: Tensor, p: Tensor, starts: Tensor | None, function: int = 0) -> Tensor:
         value = torch.empty_like(p, memory_format=torch.contiguous_format)
@@ -132,14 +131,15 @@ class KnotGradient(OutputGradient):
             self._spread(moments, p, tangent.scatter(1, labels, 0.0), None)
             self._spread(moments, p.gather(1, labels), of_label, None, function=1)
         else:
-            self._spread(moments, p, tangent, pairs.target.long() * self._pieces)
+            self._spread(moments, p, tangent, pairs.target.long() * self._knots.pieces)
         return self._knots.vjp(moments)
 
 
 class _Knots:
     """The functions of a learned loss at their knots, and the table of what is between; they serve until φ moves."""
 
-    def __init__(self, loss: LearnedLoss, classes: int | None, p: Tensor) -> None:
+    def __init__(self, loss: LearnedLoss, classes: int | None, p: Tensor, state: tuple[Any, ...] | None) -> None:
+        self.state = state  # what they are of
         grid = torch.linspace(0.0, 1.0, KNOTS, dtype=p.dtype, device=p.device)
         if classes is None:
             at_knots = grid.unsqueeze(1).expand(-1, 2)
@@ -174,11 +174,11 @@ def _knots_of(loss: LearnedLoss, classes: int | None, p: Tensor) -> _Knots:
     """Return the knots of a loss for probabilities like p; those of before, as long as φ has stood still."""
     tensors = [*loss.parameters(), *loss.buffers()]
     if any(tensor.is_inference() for tensor in tensors):  # they do not count their changes
-        return _Knots(loss, classes, p)
+        return _Knots(loss, classes, p, None)
     state = (classes, p.dtype, p.device, *((id(t), t.data_ptr(), t._version) for t in tensors))
-    if loss.known is None or loss.known[0] != state or loss.known[1] is None:
-        loss.known = state, _Knots(loss, classes, p)
-    return loss.known[1]
+    if loss.known is None or loss.known.state != state:
+        loss.known = _Knots(loss, classes, p, state)
+    return loss.known
 
 
 def _beyond(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:

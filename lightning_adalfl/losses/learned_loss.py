@@ -49,7 +49,7 @@ class LearnedLoss(nn.Module, ABC):
         self.pairing = task_named(task)
         self.task = task
         self.reduction = one_of("reduction", reduction, ("mean", "sum"))
-        self.known: tuple[Any, Any] | None = None  # what `knots` keeps while φ stands still
+        self.known: Any = None  # what `knots` keeps while φ stands still
 
     @abstractmethod
     def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
