@@ -141,9 +141,9 @@ def test_the_link_is_the_derivative_of_the_pairs_and_symmetric(name: str) -> Non
     gradient, tangent = torch.randn_like(predictions), torch.randn_like(predictions)
     pairs = named(name).pairs(predictions.requires_grad_(), target)
     (expected,) = torch.autograd.grad(pairs.prediction, predictions, gradient)
-    found = named(name).link_vjp(pairs.prediction.detach(), gradient.clone())
+    found = named(name).link_vjp_(pairs.prediction.detach(), gradient.clone())
     torch.testing.assert_close(found, expected)
-    pushed = named(name).link_vjp(pairs.prediction.detach(), tangent.clone())
+    pushed = named(name).link_vjp_(pairs.prediction.detach(), tangent.clone())
     torch.testing.assert_close((found * tangent).sum(), (pushed * gradient).sum())
 
 

@@ -94,7 +94,7 @@ class LearnedGradient:
         with without_autocast(self._weight.device), torch.no_grad():
             self._gradient = pair_gradient(self._loss, self._pairs)
             by_pairs = self._gradient.value.mul_(self._weight)  # in place, since nobody else has it
-            self.value = self._loss.pairing.link_vjp(self._pairs.prediction, by_pairs)
+            self.value = self._loss.pairing.link_vjp_(self._pairs.prediction, by_pairs)
 
     def loss(self) -> Tensor:
         """Return the loss whose gradient this is, a scalar."""
@@ -104,9 +104,8 @@ class LearnedGradient:
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ ⟨value, tangent⟩``."""
         with without_autocast(tangent.device), torch.no_grad():
-            prediction = self._pairs.prediction
-            at_pairs = self._loss.pairing.link_vjp(prediction, tangent.to(prediction.dtype))
-            return self._gradient.vjp(at_pairs * self._weight)
+            at_pairs = self._loss.pairing.link_vjp_(self._pairs.prediction, tangent.to(self._weight.dtype, copy=True))
+            return self._gradient.vjp(at_pairs.mul_(self._weight))
 
 
 class Descent(ABC):

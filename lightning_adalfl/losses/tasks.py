@@ -49,8 +49,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def link_vjp(self, prediction: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient by the raw output of what has ``gradient`` by the paired ``prediction``.
+    def link_vjp_(self, prediction: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient by the raw output of what has ``gradient``, which is overwritten, by ``prediction``.
 
         The Jacobian is symmetric for every task, so that this maps tangents of raw outputs to those of pairs as well.
         """
@@ -107,9 +107,9 @@ class Multiclass(Task):
             return Pairs(predictions.softmax(1), paired, counts.unsqueeze(1))
         return Pairs(predictions.softmax(1), None, counts.unsqueeze(1), labels=paired)
 
-    def link_vjp(self, prediction: Tensor, gradient: Tensor) -> Tensor:
+    def link_vjp_(self, prediction: Tensor, gradient: Tensor) -> Tensor:
         """Return it through the softmax."""
-        product = prediction * gradient
+        product = gradient.mul_(prediction)
         return product.addcmul_(prediction, product.sum(1, keepdim=True), value=-1.0)
 
     def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -182,9 +182,9 @@ class _Sigmoid(_OneShape):
         paired, counts = self._prepared(predictions, target, weight)
         return Pairs(predictions.sigmoid(), paired, counts, is_binary=not target.is_floating_point())
 
-    def link_vjp(self, prediction: Tensor, gradient: Tensor) -> Tensor:
+    def link_vjp_(self, prediction: Tensor, gradient: Tensor) -> Tensor:
         """Return it through the sigmoid."""
-        return gradient * prediction * (1 - prediction)
+        return gradient.mul_(prediction).mul_(1 - prediction)
 
     def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return ``-y log f - (1 - y) log(1 - f)``."""
@@ -222,7 +222,7 @@ class Regression(_OneShape):
         """Return them as they are."""
         return Pairs(predictions, *self._prepared(predictions, target, weight))
 
-    def link_vjp(self, prediction: Tensor, gradient: Tensor) -> Tensor:
+    def link_vjp_(self, prediction: Tensor, gradient: Tensor) -> Tensor:
         """Return it as it is."""
         return gradient
 
