@@ -89,7 +89,7 @@ def test_a_loss_that_is_added_is_as_long_as_a_step_with_it() -> None:
 
 def test_at_the_start_it_is_the_handcrafted_loss() -> None:
     loss = LossNetwork("multiclass", sees_classes=True)
-    loss.start_at_zero()
+    loss.scale_(0.0)
     figure = plot_history(history_of(loss, 1))
     assert len(figure.axes) == 3
     for axes in figure.axes[:2]:

@@ -553,7 +553,7 @@ def test_the_next_step_within_the_same_autocast() -> None:
 def test_influence_is_the_derivative_by_the_weight_of_an_instance(name: str, objective: str) -> None:
     """By central differences of training with that instance's loss weighted; with r_φ at zero, where m is τ."""
     problem = Problem(optimizer=functools.partial(build, name, 2), warm=2, objective=objective, factor=0.7)
-    problem.loss.start_at_zero()
+    problem.loss.scale_(0.0)
     found = problem.by_engine("forward")
     (influence,) = found.influence
     slopes = []

@@ -198,7 +198,7 @@ def test_a_fresh_draw_changes_all_of_phi_and_a_start_at_zero_has_no_slope(repres
     torch.manual_seed(1)
     loss.reset_parameters()
     assert all(torch.equal(a, b) for a, b in zip(drawn, loss.parameters()))
-    loss.start_at_zero()
+    loss.scale_(0.0)
     f, y = torch.rand(6, 4), F.one_hot(torch.arange(6) % 4, 4).float()
     gradient = loss.pair_gradient(f, y)
     assert (gradient.value == 0).all()
@@ -283,8 +283,8 @@ def test_refusals(kind: type, options: dict[str, Any], message: str) -> None:
 def test_what_a_loss_cannot_do() -> None:
     with pytest.raises(ValueError, match=r"`predictions` must be floating point .*; got torch.int64"):
         LossNetwork("regression")(torch.arange(3), torch.zeros(3))
-    with pytest.raises(TypeError, match="Scaled cannot begin at zero; override `start_at_zero`, or pass an instance"):
-        Scaled("binary").start_at_zero()
+    with pytest.raises(TypeError, match="Scaled cannot begin at zero; override `scale_`, or pass an instance"):
+        Scaled("binary").scale_(0.0)
 
 
 # Files.

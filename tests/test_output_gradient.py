@@ -17,8 +17,7 @@ from lightning_adalfl.losses import LossNetwork, TaylorLoss, output_gradient
 from lightning_adalfl.losses.descent import LearnedGradient, Predicted
 from lightning_adalfl.losses.knots import KnotGradient, pair_gradient
 from lightning_adalfl.losses.learned_loss import LearnedLoss
-from lightning_adalfl.losses.network_gradient import NetworkGradient
-from lightning_adalfl.losses.output_gradient import AutogradGradient, OutputGradient
+from lightning_adalfl.losses.output_gradient import AutogradGradient, NetworkGradient, OutputGradient
 from lightning_adalfl.losses.tasks import task_named
 
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {

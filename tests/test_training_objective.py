@@ -106,7 +106,7 @@ def test_of_many_pairs_it_is_looked_up(kind: str) -> None:
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_loss_that_is_zero_leaves_the_users_step_to_the_bit(kind: str, is_zero: bool, dtype: torch.dtype) -> None:
     loss, f, y = problem(kind, dtype=dtype)
-    loss.float().start_at_zero()
+    loss.float().scale_(0.0)
     own = own_loss(loss, f, y)
     expected = slope(own, f)
     _, (found,) = descended(BentLoss(loss, is_zero), own, Predicted.direct(f, y))

@@ -18,6 +18,7 @@ from lightning_adalfl.losses.descent import Descent, precise
 from lightning_adalfl.losses.training_objective import BatchLoss
 
 AllReduce = Callable[[list[Tensor]], None]
+_Part = tuple[Descent, Tensor, list[Tensor]]
 Watch = Callable[[BaseStep, "Hypergradient"], None]
 
 
@@ -41,6 +42,7 @@ class Hypergradient:
             for.
         task_loss: L_T on the meta batch at θ_{t+1}, a scalar.
         along: The derivative of L_T at θ_{t+1} along the direction that was given, a scalar; ``None`` without one.
+        half: ``∇_φ`` of the task loss of every other held-out instance alone; empty if not asked for.
         evidence: ``⟨τ, h⟩ - ⟨m, h⟩``: to first order, how much lower L_T is than with the user's loss, a scalar.
         direction: (c, w), with ``c · w = u`` over the active parameters of the last step; ``None`` once the meta step
             has ended.
@@ -50,10 +52,11 @@ class Hypergradient:
     log_lr: Tensor | None
     task_loss: Tensor
     along: Tensor | None = None
+    half: dict[str, Tensor] = field(default_factory=dict)
     evidence: Tensor | None = None
     direction: tuple[float, list[Tensor]] | None = None
     # What each forward has descended, the factor with which that is in the step, and h; the last step's come first.
-    _parts: list[tuple[Descent, Tensor, list[Tensor]]] = field(default_factory=list, repr=False)
+    _parts: list[_Part] = field(default_factory=list, repr=False)
     _in_last_step: int = field(default=0, repr=False)
 
     @property
@@ -68,15 +71,18 @@ class Hypergradient:
         return [descent.influence(h) * factor for descent, factor, h in self.parts]
 
     @property
-    def parts(self) -> list[tuple[Descent, Tensor, list[Tensor]]]:
+    def parts(self) -> list[_Part]:
         """For each forward of the last base step what it has descended, the factor of that in the step, and h."""
         return self._parts[: self._in_last_step]
 
-    def at_present(self) -> dict[str, Tensor]:
-        """Return ``∇_φ L_T`` at the φ of this moment, with the same predictions and h; this process' part alone."""
+    def at_present(self, all_reduce: AllReduce | None = None) -> dict[str, Tensor]:
+        """Return ``∇_φ L_T`` at the φ of this moment, with the same predictions and h."""
         for descent, _, _ in self._parts:
             descent.refresh()
-        return _summed(self._parts)
+        found = _summed(self._parts)
+        if all_reduce is not None:
+            all_reduce(list(found.values()))
+        return found
 
 
 def hypergradient(
@@ -89,6 +95,7 @@ def hypergradient(
     log_lr: bool = False,
     along: Sequence[Tensor] | None = None,
     by_forward: bool = True,
+    halves: bool = False,
 ) -> Hypergradient:
     """Differentiate the task loss after the recorded base step(s) by the parameters φ of the loss that caused them.
 
@@ -107,6 +114,7 @@ def hypergradient(
         along: A direction in parameter space, one tensor for each of the last step's ``parameters``.
         by_forward: Whether to compute h, and from it ``loss``, ``evidence`` and ``influence``; the learning rate alone
             does not need it.
+        halves: Whether to compute ``half``, of one step, which takes another backward and another J_t u.
 
     Raises:
         ValueError: If a step was not recorded, its forward gives another result when it is run again, or the optimizer
@@ -121,49 +129,59 @@ def hypergradient(
     last = chain[-1]
     # The casts that an autocast context around the base step keeps are those of θ_t.
     torch.clear_autocast_cache()
-    value, vector = _meta_gradient(last, task_loss, meta_batch, loss_scale)
+    value, vector, half = _meta_gradient(last, task_loss, meta_batch, loss_scale, halves)
     if all_reduce is not None:
-        all_reduce(vector)
+        all_reduce([*vector, *half])
     result = Hypergradient({}, None, value)
     if log_lr:
         result.log_lr = _by_log_lr(last, vector)
     if along is not None:
         result.along = dot(vector, along)
     for step in reversed(chain) if by_forward else ():
-        scale, u = step.vjp([vector[i] for i in step.active])
+        scale, u, parts = _reached(step, vector)
         result.direction = result.direction or (scale, u)  # the last step comes first
-        for forward in step.forwards:
-            descent, factor = _descended(step, forward, scale)
-            result._parts.append((descent, factor, step.jacobian_times(forward, u)))
+        result._parts += parts
         if step is not chain[0]:
             vector = _before(step, vector, scale, u)
     if by_forward:
         result._in_last_step = len(last.forwards)
         result.evidence = torch.stack([descent.evidence(h) * factor for descent, factor, h in result.parts]).sum()
-    result.loss = _summed(result._parts)
+    result.loss, result.half = _summed(result._parts), _summed(_reached(last, half)[2] if half else [])
     if all_reduce is not None:
         scalars = [t for t in (result.log_lr, result.along, result.evidence) if t is not None]
-        all_reduce([*scalars, result.task_loss, *result.loss.values()])
+        all_reduce([*scalars, result.task_loss, *result.loss.values(), *result.half.values()])
     return result
 
 
+def _reached(step: BaseStep, vector: Sequence[Tensor]) -> tuple[float, list[Tensor], list[_Part]]:
+    """Return (c, w) with ``c · w = u`` for a gradient by θ after a step, and of each forward what that comes to."""
+    scale, u = step.vjp([vector[i] for i in step.active])
+    found = [(forward, *_descended(step, forward, scale)) for forward in step.forwards]
+    return scale, u, [(descent, factor, step.jacobian_times(forward, u)) for forward, descent, factor in found]
+
+
 def _meta_gradient(
-    step: BaseStep, task_loss: BatchLoss, meta_batch: Any, loss_scale: float
-) -> tuple[Tensor, list[Tensor]]:
-    """Return L_T and ``v = ∇_θ L_T(y_v, f_{θ_{t+1}}(x_v))``: one ordinary forward and backward."""
+    step: BaseStep, task_loss: BatchLoss, meta_batch: Any, loss_scale: float, halves: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return L_T, ``v = ∇_θ L_T(y_v, f_{θ_{t+1}}(x_v))``, one ordinary forward and backward, and v of one half."""
 
     def differentiated() -> tuple[Tensor, Sequence[Tensor | None]]:
-        value = task_loss(*step.model.predict(meta_batch))
-        return value.detach(), step.model.gradients(value * loss_scale, step.parameters)
+        found = step.model.predict(meta_batch)
+        value = task_loss(*found)
+        gradients = list(step.model.gradients(value * loss_scale, step.parameters, halves))
+        if halves:
+            part = task_loss(*(tensor[::2] for tensor in found))
+            gradients += step.model.gradients(part * loss_scale, step.parameters)
+        return value.detach(), gradients
 
     # Compiled parts do not know swapped buffers: here they run as the Python that they were.
     with torch.enable_grad(), checkpoints_not_reentrant(), torch.compiler.set_stance("force_eager"):
         value, gradients = step.model.run(differentiated, step.model.buffers())
     # A parameter that the meta batch did not use has the gradient zero.
-    vector = [torch.zeros_like(p) if g is None else g for p, g in zip(step.parameters, gradients)]
+    vector = [torch.zeros_like(p) if g is None else g for p, g in zip(step.parameters * 2, gradients)]
     if loss_scale != 1.0:
         torch._foreach_div_(vector, loss_scale)
-    return value, vector
+    return value, vector[: len(step.parameters)], vector[len(step.parameters) :]
 
 
 def _by_log_lr(step: BaseStep, vector: Sequence[Tensor]) -> Tensor:
@@ -179,7 +197,7 @@ def _by_log_lr(step: BaseStep, vector: Sequence[Tensor]) -> Tensor:
     return torch.stack(dots)
 
 
-def _summed(parts: Sequence[tuple[Descent, Tensor, list[Tensor]]]) -> dict[str, Tensor]:
+def _summed(parts: Sequence[_Part]) -> dict[str, Tensor]:
     """Return ``Σ ∂/∂φ ⟨m(φ), h⟩``."""
     total: dict[str, Tensor] = {}
     for descent, factor, h in parts:

@@ -175,13 +175,13 @@ class ShardedModel(Model):
         finally:
             _fill(chosen, now)
 
-    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def gradients(self, loss: Tensor, parameters: Sequence[Tensor], again: bool = False) -> Sequence[Tensor | None]:
         """Return the gradients, averaged over processes as those of a base step."""
         known = [(p, p.grad) for p in self._module.parameters()]
         for p, _ in known:
             p.grad = None
         try:
-            loss.backward()
+            loss.backward(retain_graph=again)
             return [p.grad for p in parameters]
         finally:
             for p, gradient in known:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adalfl.config import AdaLFLConfig
+from lightning_adalfl.learning.agreement import EVERY, Agreement
 from lightning_adalfl.learning.base_step import BaseStep
 from lightning_adalfl.learning.hypergradient import AllReduce, Hypergradient, Scale, Watch, hypergradient
 from lightning_adalfl.learning.learned_rate import LearnedRate
@@ -47,6 +48,7 @@ class MetaLearner:
         task_loss, objective: L_T of predictions, target and, if there is one, weight; what trains the base model.
         loss: The learned loss, part of the objective; ``None`` if the learning rate alone is learned, or nothing.
         rate: The learned rate, or ``None``.
+        agreement: Whether held-out instances agree on how φ is to move.
         base_steps, answered, meta_steps: Base steps, those up to the last that a meta step followed, and meta steps.
         skipped: Meta steps left out, since the hypergradient or the task loss was not finite.
         is_initialised: Whether φ needs no offline phase, since one has run or φ was given.
@@ -65,14 +67,13 @@ class MetaLearner:
         self.objective, self.is_initialised = initial_objective(given, self.task, config.own_loss)
         self.loss = self.objective.loss
         self.rate = LearnedRate(RATE_HORIZON if config.own_loss else 1) if config.learns_lr else None
+        self.agreement = Agreement()
         self.base_steps = self.answered = self.meta_steps = 0
         self._scalars: dict[str, Tensor] = {}
         self.last_step: Hypergradient | None = None
         self._descent: Descent | None = None
         self.skipped, self._has_warned = torch.zeros(()), False
         self.start()
-
-    # One step.
 
     def new_base_step(self, model: nn.Module, optimizer: Optimizer, predict: Predict | None = None) -> BaseStep:
         """Return what records base steps of ``optimizer``; φ moves to the device of the model."""
@@ -150,7 +151,7 @@ class MetaLearner:
         last = steps if isinstance(steps, BaseStep) else steps[-1]
         if self.objective.is_zero:
             self.objective.take_units([f.descent for f in last.forwards if f.descent], all_reduce)
-        along = self.rate.along(last.before) if self.rate is not None else None
+        is_time = (self.base_steps + 1) // EVERY > self.answered // EVERY
         while True:
             found = hypergradient(
                 steps,
@@ -159,8 +160,9 @@ class MetaLearner:
                 all_reduce=all_reduce,
                 loss_scale=1.0 if scale is None else scale.value,
                 log_lr=self.rate is not None,
-                along=along,
+                along=None if self.rate is None else self.rate.along(last.before),
                 by_forward=self.config.learn != "lr" or watch is not None,
+                halves=is_time and self.config.own_loss and self.loss is not None and steps is last,
             )
             tensors = [*found.loss.values(), *(t for t in (found.log_lr, found.along) if t is not None)]
             if scale is None or scale.fits(tensors):
@@ -185,17 +187,17 @@ class MetaLearner:
             return
         size = norm(list(gradients.values()))
         undo = Undo(self._optimizer)
-        for k in range(moves):
-            if k and self.loss is not None:
-                again = found.at_present()
-                if all_reduce is not None:
-                    all_reduce(list(again.values()))
-                gradients.update(again)
-            for name, gradient in gradients.items():
-                learned[name].grad = gradient.to(learned[name])
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-            self.objective.is_zero = self.loss is None
+        if self.config.own_loss and self.loss is not None:
+            self._scalars["adalfl/agreement"] = self.agreement.look(found.loss, found.half, self.loss)
+        with self.agreement.holding(self.loss):
+            for k in range(moves):
+                if k and self.loss is not None:
+                    gradients.update(found.at_present(all_reduce))
+                for name, gradient in gradients.items():
+                    learned[name].grad = gradient.to(learned[name])
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+                self.objective.is_zero = self.loss is None
         moved = norm([p.detach() for p in learned.values()])
         is_finite = torch.isfinite(size + found.task_loss.to(size) + moved.to(size))
         undo.unless(is_finite)
@@ -224,8 +226,6 @@ class MetaLearner:
                 stacklevel=2,
             )
 
-    # What is learned.
-
     @property
     def learned(self) -> dict[str, nn.Parameter]:
         """φ and s, by the names of a hypergradient."""
@@ -253,7 +253,7 @@ class MetaLearner:
         """Take over what an offline phase has learned: training begins with fresh moments, and counts from zero."""
         self.start()
         self.is_initialised, self.meta_steps, self.answered = True, 0, 0
-        self._scalars, self._descent = {}, None
+        self._scalars, self._descent, self.agreement = {}, None, Agreement()
 
     @torch.no_grad()
     def set_phi(self, values: Mapping[str, Tensor]) -> None:

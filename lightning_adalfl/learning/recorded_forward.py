@@ -259,9 +259,15 @@ class Model:
         # Tied weights are named above already; torch would look for them again in each call.
         return functional_call(self._runner, replaced, (function,), tie_weights=False)
 
-    def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Return the gradients of a loss that the module has just given; ``None`` where it does not depend on one."""
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    def gradients(self, loss: Tensor, parameters: Sequence[Tensor], again: bool = False) -> Sequence[Tensor | None]:
+        """Return the gradients of a loss that the module has just given; ``None`` where it does not depend on one.
+
+        Args:
+            loss: Of the module's predictions.
+            parameters: What to differentiate by.
+            again: Whether there is another loss of the same predictions to come.
+        """
+        return torch.autograd.grad(loss, parameters, retain_graph=again, allow_unused=True)
 
 
 def _clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -71,14 +71,14 @@ class LearnedLoss(nn.Module, ABC):
         """Return whether ℓ_φ differs between so many classes, dimension 1 of the pairs, or is one for all outputs."""
         return False
 
-    def start_at_zero(self) -> None:
-        """Make ℓ_φ zero, and so that it can learn.
+    def scale_(self, factor: Tensor | float) -> None:
+        """Multiply ℓ_φ by a factor in place; with zero so that it can still learn.
 
         Raises:
             TypeError: If the representation does not say how.
         """
         raise TypeError(
-            f"{type(self).__name__} cannot begin at zero; override `start_at_zero`, or pass an instance as `loss`, "
+            f"{type(self).__name__} cannot begin at zero; override `scale_`, or pass an instance as `loss`, "
             "which is used as it is."
         )
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lightning_adalfl.checks import finite_number, one_of, positive_number
 from lightning_adalfl.losses.learned_loss import LearnedLoss
-from lightning_adalfl.losses.network_gradient import EMBEDDING, NetworkGradient, pairs_of, rows_of
-from lightning_adalfl.losses.output_gradient import OutputGradient
+from lightning_adalfl.losses.output_gradient import EMBEDDING, NetworkGradient, OutputGradient, pairs_of, rows_of
 
 WEIGHT_INITS = ("kaiming_normal", "xavier_uniform")  # as torch.nn.init has them
 MAX_CLASSES = 100
@@ -160,10 +159,11 @@ class LossNetwork(LearnedLoss):
         zero, one = torch.zeros_like(p), torch.ones_like(p)
         return torch.stack([zero, one, (p - y).sign(), 2 * (p - y)] if self.sees_error else [zero, one], dim=-1)
 
-    def start_at_zero(self) -> None:
-        """Make the weights of the output zero."""
+    @torch.no_grad()
+    def scale_(self, factor: Tensor | float) -> None:
+        """Multiply the output's weights."""
         for parameter in self.linear[-1].parameters():
-            nn.init.zeros_(parameter)
+            parameter.mul_(factor)
 
     @torch.no_grad()
     def take_units(self, center: Tensor, spread: Tensor, slope: Tensor) -> None:

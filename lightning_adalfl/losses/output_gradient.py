@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # Pairs that are evaluated at once: what fits the cache of a processor, and more on an accelerator.
 CHUNKS = {"cpu": 1 << 13, "other": 1 << 17}
+EMBEDDING = 4  # numbers for a class
 
 
 class Pairs:
@@ -132,3 +134,141 @@ class AutogradGradient(OutputGradient):
                 if part is not None:  # a bias of the last layer moves the loss and not its gradient
                     total[name] += part
         return total
+
+
+class NetworkGradient(OutputGradient):
+    """For a network ``o = wᵀ a_L``, ``a_l = s(z_l)``, ``z_l = W_l a_{l-1} + b_l``, on inputs ``a_0(y, p)``.
+
+    The backward pass is ``f_L = w``, ``e_l = s'(z_l) f_l``, ``f_{l-1} = W_lᵀ e_l``, and the gradient by p is
+    ``f_0 · ∂a_0/∂p``. Its product with a tangent p' takes the tangents ``t_l = W_l τ_{l-1}``, ``τ_l = s'(z_l) t_l``
+    from ``τ_0 = p' ∂a_0/∂p``, and the adjoints ``q_l = s''(z_l) t_l f_l + s'(z_l) W_{l+1}ᵀ q_{l+1}`` of z_l; then
+    ``∂⟨m, p'⟩/∂W_l = Σ (e_l τ_{l-1}ᵀ + q_l a_{l-1}ᵀ)`` over the pairs. The embeddings enter z_1 by a sum.
+
+    Args:
+        loss: ℓ_φ, a :class:`~lightning_adalfl.losses.network.LossNetwork`.
+        prediction: f.
+        target: y.
+    """
+
+    def __init__(self, loss: Any, prediction: Tensor, target: Tensor) -> None:
+        self._loss = loss
+        self._pairs = prediction.detach(), target.detach()
+        self._p, self._y = map(rows_of, self._pairs)
+        # One pass is kept for the second derivative; of several, each is taken again, so that memory does not grow.
+        self._kept: _Pass | None = None
+        value = torch.empty_like(self._p)
+        with torch.no_grad():
+            for part, result in self._passes(value):
+                result.copy_(part.by_prediction())
+        self.value = pairs_of(value, prediction)
+
+    def losses(self) -> Tensor:
+        """Return them chunk by chunk."""
+        return evaluated(self._loss.pairwise, *self._pairs)
+
+    def _passes(self, others: Tensor) -> Iterator[tuple[_Pass, Tensor]]:
+        """Yield the passes through the chunks of the pairs, each with its part of ``others``."""
+        for p, y, other in in_chunks(self._p, self._y, others):
+            part = self._kept or _Pass(self._loss, p, y)
+            self._kept = part if len(p) == len(self._p) else None
+            yield part, other
+
+    @torch.no_grad()
+    def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
+        """Return ``∂/∂φ Σ_i tangent_i · value_i``; it is zero for the bias of the output."""
+        total: dict[str, Tensor] = {}
+        for part, weight in self._passes(rows_of(tangent)):
+            for name, gradient in part.by_phi(weight.reshape(-1, 1)).items():
+                total[name] = total[name] + gradient if name in total else gradient
+        return {name: total[name] if name in total else torch.zeros_like(p) for name, p in self._loss.phi().items()}
+
+
+class _Pass:
+    """One pass through the network for pairs (R, C), with what both derivatives share."""
+
+    def __init__(self, loss: Any, p: Tensor, y: Tensor) -> None:
+        self._loss, self._p, self._y = loss, p, y
+        self._weights: list[Tensor] = [layer.weight for layer in loss.linear]
+        self._activation = loss.between
+        self._inputs = loss.inputs(p, y)
+        z = loss.first(self._inputs, y)
+        self._a: list[Tensor] = []
+        self._ds: list[Tensor] = []
+        for layer in loss.linear[1:-1]:
+            a, ds = self._activation.with_slope(z)
+            self._a.append(a)
+            self._ds.append(ds)
+            z = layer(a)
+        self._ds.append(self._activation.slope(z))
+        f = self._weights[-1]
+        self._f, self._e = [f], [self._ds[-1] * f]
+        for weight, ds in zip(reversed(self._weights[1:-1]), reversed(self._ds[:-1])):
+            self._f.insert(0, self._e[0] @ weight)
+            self._e.insert(0, ds * self._f[0])
+
+    def by_prediction(self) -> Tensor:
+        """Return the gradient by p, (R, C)."""
+        if not self._loss.sees_error:
+            return (self._e[0] @ self._weights[0][:, 1]).view_as(self._p) * self._loss.unit
+        return ((self._e[0] @ self._weights[0]) * self._by_prediction()).sum(1).view_as(self._p) * self._loss.unit
+
+    def _by_prediction(self) -> Tensor:
+        """Return ``∂a_0/∂p``, (R · C, inputs)."""
+        return self._loss.inputs_by_prediction(self._inputs).view(-1, self._inputs.shape[-1])
+
+    def by_phi(self, tangent: Tensor) -> dict[str, Tensor]:
+        """Return the derivative by φ of the inner product with a tangent (R · C, 1)."""
+        first, *middle, _ = self._weights
+        tangent = tangent * self._loss.unit
+        start = tangent * self._by_prediction()
+        t, tau = [start @ first[:, : start.shape[1]].T], []
+        for weight, ds in zip([*middle, None], self._ds):
+            tau.append(ds * t[-1])
+            if weight is not None:
+                t.append(tau[-1] @ weight.T)
+        found = {f"linear.{len(self._ds)}.weight": tau[-1].sum(0, keepdim=True)}
+        q = self._adjoint(-1, t[-1])
+        for k in range(len(middle), 0, -1):
+            found[f"linear.{k}.weight"] = (q.T @ self._a[k - 1]).addmm_(self._e[k].T, tau[k - 1])
+            found[f"linear.{k}.bias"] = q.sum(0)
+            q = self._adjoint(k - 1, t[k - 1]).addcmul_(self._ds[k - 1], q @ self._weights[k])
+        found["linear.0.bias"] = q.sum(0)
+        by_weight = (q.T @ self._inputs.view_as(start)).addmm_(self._e[0].T, start)
+        if self._loss.sees_classes:
+            by_weight = torch.cat([by_weight, *self._by_embeddings(q.view(*self._p.shape, -1), found)], dim=1)
+        return {**found, "linear.0.weight": by_weight}
+
+    def _adjoint(self, k: int, t: Tensor) -> Tensor:
+        return self._activation.curvature(self._ds[k]).mul_(t).mul_(self._f[k])
+
+    def _by_embeddings(self, q: Tensor, found: dict[str, Tensor]) -> list[Tensor]:
+        """Return the derivatives by what the first layer makes of either embedding; add those by the embeddings.
+
+        Args:
+            q: The adjoint of z_1, (R, C, width).
+            found: To which they are added.
+        """
+        classes, parts = self._p.shape[1], self._weights[0][:, 2:].split(EMBEDDING, dim=1)
+        if not self._loss.tells_apart(classes):
+            return [torch.zeros_like(part) for part in parts]
+        by_sum = {"label_embedding": self._y.T @ q.sum(1), "output_embedding": q.sum(0)}  # each (C, width)
+        by_part = []
+        for (name, adjoint), part, embedding in zip(by_sum.items(), parts, self._loss.embeddings(classes)):
+            found[name] = torch.zeros_like(getattr(self._loss, name))
+            found[name][:classes] = adjoint @ part
+            by_part.append(adjoint.T @ embedding)
+        return by_part
+
+
+def rows_of(pairs: Tensor) -> Tensor:
+    """Return pairs (N, C, d1, …) as (N · d1 · …, C), and (N,) as (N, 1)."""
+    if pairs.ndim == 1:
+        return pairs.unsqueeze(1)
+    return pairs.movedim(1, -1).reshape(-1, pairs.shape[1])
+
+
+def pairs_of(rows: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`rows_of`."""
+    if like.ndim == 1:
+        return rows.squeeze(1)
+    return rows.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)

@@ -43,9 +43,10 @@ class TaylorLoss(LearnedLoss):
         """Draw φ afresh from N(0, 0.001²)."""
         nn.init.normal_(self.coefficients, std=1e-3)
 
-    def start_at_zero(self) -> None:
-        """Make every coefficient zero, the centre included."""
-        nn.init.zeros_(self.coefficients)
+    @torch.no_grad()
+    def scale_(self, factor: Tensor | float) -> None:
+        """Multiply every coefficient, the centre included."""
+        self.coefficients.mul_(factor)
 
     def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the polynomial's value element-wise."""

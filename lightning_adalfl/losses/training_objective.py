@@ -277,7 +277,7 @@ def initial_objective(
         return LearnedAlone(loss), is_learned
     is_zero = not is_learned and not isinstance(given, LearnedLoss)
     if is_zero:
-        loss.start_at_zero()
+        loss.scale_(0.0)
     return BentLoss(loss, is_zero), is_learned
 
 

@@ -1,0 +1,50 @@
+"""Whether two halves of the held-out instances agree on how the learned loss is to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lightning_adalfl.learning.torch_private import dot
+from lightning_adalfl.losses.learned_loss import LearnedLoss
+
+EVERY = 20  # base steps: a look costs nearly as much as the rest of a meta step
+_KEPT = 0.8  # of the mean at each look
+_LOSS = 0.2  # the most that ℓ_φ loses at each look
+
+
+class Agreement:
+    """Keeps the learned loss where two halves of the held-out instances disagree, and takes it back.
+
+    Few instances can be learned by heart. What helps them alone helps one half of them and harms the other.
+
+    Attributes:
+        mean: A moving average of the cosine between the gradients by φ that either half gives, a scalar in [-1, 1].
+    """
+
+    def __init__(self) -> None:
+        self.mean = torch.zeros(())
+
+    @torch.no_grad()
+    def look(self, whole: Mapping[str, Tensor], half: Mapping[str, Tensor], loss: LearnedLoss) -> Tensor:
+        """Take in the gradient by φ of all instances, and of half of them if there is one; return the mean."""
+        if half:
+            one, other = list(half.values()), [2 * whole[name] - part for name, part in half.items()]
+            cosine = dot(one, other) / (dot(one, one) * dot(other, other)).sqrt()
+            self.mean = _KEPT * self.mean.to(cosine) + (1 - _KEPT) * cosine.nan_to_num(0.0, 0.0, 0.0)
+            if type(loss).scale_ is not LearnedLoss.scale_:
+                loss.scale_((1 + _LOSS * self.mean.clamp(max=0.0)).to(loss.dtype))
+        return self.mean
+
+    @contextmanager
+    def holding(self, loss: LearnedLoss | None) -> Iterator[None]:
+        """Undo what the body does to φ, unless the halves agree."""
+        phi = {} if loss is None else loss.phi()
+        before = {name: p.detach().clone() for name, p in phi.items()}
+        yield
+        with torch.no_grad():
+            for name, p in phi.items():
+                p.copy_(torch.where(self.mean.to(p.device) < 0, before[name], p))

@@ -1,0 +1,172 @@
+"""Two halves of the held-out instances: their gradients, what is kept and taken back, and what few of them can do."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_adalfl import AdaLFLConfig, LearnedLoss, LossNetwork, MetaLearner, TaylorLoss, hypergradient
+from lightning_adalfl.learning.agreement import Agreement
+from lightning_adalfl.learning.base_step import BaseStep
+
+Batch = tuple[Tensor, Tensor]
+
+
+def drawn(rows: int, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 4, generator=generator)
+    return x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+
+
+def mlp(outputs: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+
+def recorded(learner: MetaLearner, way: str = "forward") -> BaseStep:
+    """Take one base step, and leave it recorded."""
+    model = mlp()
+    step = BaseStep(model, torch.optim.Adam(model.parameters(), lr=0.01), jvp=way)
+    step.descend(learner.objective, F.cross_entropy(*step.forward(drawn(16, 1)))).backward()
+    step.step()
+    return step
+
+
+def bent(**changes: Any) -> MetaLearner:
+    """Return a learner whose loss has a shape already."""
+    learner = MetaLearner(AdaLFLConfig("multiclass", **changes))
+    torch.manual_seed(1)
+    nn.init.normal_(learner.loss.linear[-1].weight, std=0.1)
+    learner.objective.is_zero = False
+    return learner
+
+
+@pytest.mark.parametrize("way", ["forward", "reverse", "finite_difference"])
+@pytest.mark.parametrize("rows", [8, 7, 1])
+def test_the_half_is_the_gradient_of_every_other_instance(way: str, rows: int) -> None:
+    learner, (x, y) = bent(), drawn(rows, 2)
+    step = recorded(learner, way)
+    plain, found = (hypergradient(step, learner.task_loss, (x, y), halves=halves) for halves in (False, True))
+    alone = hypergradient(step, learner.task_loss, (x[::2], y[::2])).loss
+    assert plain.half == {}
+    for name, value in plain.loss.items():
+        torch.testing.assert_close(found.loss[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(found.half[name], alone[name], rtol=1e-3, atol=1e-6)
+
+
+def gradients(first: float, second: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the gradient of all instances, and of a half, where the halves have these."""
+    return {"w": torch.tensor([(first + second) / 2])}, {"w": torch.tensor([first])}
+
+
+@pytest.mark.parametrize("loss", [LossNetwork("regression"), TaylorLoss("regression")])
+def test_where_the_halves_disagree_nothing_moves_and_the_loss_gets_smaller(loss: LearnedLoss) -> None:
+    agreement, pairs = Agreement(), (torch.rand(9), torch.rand(9))
+    for _ in range(50):
+        agreement.look(*gradients(1.0, 2.0), loss)
+    assert float(agreement.mean) == pytest.approx(1.0, abs=0.01)
+    before = [p.detach().clone() for p in loss.parameters()]
+    with agreement.holding(loss), torch.no_grad():
+        for p in loss.parameters():
+            p.add_(0.1)
+    assert all(not torch.equal(p, b) for p, b in zip(loss.parameters(), before))
+    size = float(loss.pairwise(*pairs).detach().abs().sum())
+    for _ in range(50):
+        agreement.look(*gradients(1.0, -2.0), loss)
+    assert float(agreement.mean) == pytest.approx(-1.0, abs=0.02)
+    assert float(loss.pairwise(*pairs).detach().abs().sum()) < 0.1 * size
+    before = [p.detach().clone() for p in loss.parameters()]
+    with agreement.holding(loss), torch.no_grad():
+        for p in loss.parameters():
+            p.add_(0.1)
+    assert all(torch.equal(p, b) for p, b in zip(loss.parameters(), before))
+
+
+class Scaled(LearnedLoss):
+    """A representation that says nothing about its size."""
+
+    def __init__(self) -> None:
+        super().__init__("regression")
+        self.a = nn.Parameter(torch.ones(()))
+
+    def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return self.a * (prediction - target).square()
+
+
+def test_a_loss_that_cannot_be_scaled_is_held_and_a_gradient_that_is_not_finite_tells_nothing() -> None:
+    agreement, loss = Agreement(), Scaled()
+    agreement.look(*gradients(1.0, -1.0), loss)
+    with agreement.holding(loss), torch.no_grad():
+        loss.a.add_(1.0)
+    assert float(loss.a.detach()) == 1.0
+    before = float(agreement.mean)
+    for strange in (gradients(float("nan"), 1.0), gradients(float("inf"), 1.0), gradients(0.0, 0.0)):
+        agreement.look(*strange, loss)
+    assert before < float(agreement.mean) < 0
+
+
+@pytest.mark.parametrize("every", [1, 8, 10, 30])
+def test_the_halves_are_compared_every_twentieth_base_step_at_most(every: int) -> None:
+    learner = MetaLearner(AdaLFLConfig("multiclass", meta_every=every))
+    looks: list[int] = []
+    look = learner.agreement.look
+    learner.agreement.look = lambda whole, half, loss: (  # type: ignore[method-assign]
+        looks.append(learner.base_steps + 1) if half else None,
+        look(whole, half, loss),
+    )[1]
+    train(learner, 60, itertools.cycle([drawn(8, 2)]))
+    assert looks == {1: [20, 40, 60], 8: [24, 40], 10: [20, 40, 60], 30: [30, 60]}[every]
+
+
+def test_the_paper_compares_nothing() -> None:
+    learner = MetaLearner(AdaLFLConfig.paper("multiclass", meta_every=10))
+    train(learner, 40, itertools.cycle([drawn(8, 2)]))
+    assert learner.last_step is not None
+    assert learner.last_step.half == {}
+    assert "adalfl/agreement" not in learner.scalars
+    assert float(learner.agreement.mean) == 0
+
+
+def train(learner: MetaLearner, steps: int, held_out: Any, noise: float = 0.0) -> nn.Module:
+    """Train on batches of which a share of the labels is the next class; return the model."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    step = learner.new_base_step(model, optimizer)
+    generator = torch.Generator().manual_seed(7)
+    for k in range(steps):
+        x, y = drawn(32, 100 + k)
+        is_wrong = torch.rand(len(y), generator=generator) < noise
+        predictions, target = step.forward((x, torch.where(is_wrong, (y + 1) % 3, y)))
+        optimizer.zero_grad()
+        step.descend(learner.objective, F.cross_entropy(predictions, target)).backward()
+        step.step()
+        learner.end_base_step(step, held_out)
+    return model
+
+
+def test_a_dozen_instances_that_say_nothing_move_little_and_a_dozen_that_know_better_much() -> None:
+    """Labels drawn by lot can only be learned by heart; right ones beside wrong training labels are agreed on."""
+    x, y = drawn(12, 3)
+    by_lot = torch.randint(3, (12,), generator=torch.Generator().manual_seed(4))
+
+    def size(labels: Tensor, noise: float) -> float:
+        learner = MetaLearner(AdaLFLConfig("multiclass"))
+        train(learner, 600, itertools.cycle([(x, labels)]), noise)
+        return float(learner.loss.linear[-1].weight.abs().sum())
+
+    assert size(by_lot, 0.0) < 0.3 * size(y, 0.4)
+
+
+def test_a_run_goes_on_from_its_state_with_the_same_agreement() -> None:
+    learner = MetaLearner(AdaLFLConfig("multiclass"))
+    train(learner, 50, itertools.cycle([drawn(8, 2)]))
+    assert float(learner.agreement.mean) != 0
+    again = MetaLearner.from_state(learner.state_dict())
+    assert torch.equal(again.agreement.mean, learner.agreement.mean)
+    with pytest.raises(ValueError, match="cannot be read"):
+        again.load_state_dict({**learner.state_dict(), "agreement": None})
