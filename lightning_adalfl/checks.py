@@ -1,4 +1,4 @@
-"""Checks of numbers and names that users give; each returns what is right, or names argument, value and remedy."""
+"""Checks of numbers and names that users give; each returns what is right, or raises and names value and remedy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from collections.abc import Collection
 
 
 def whole_number(name: str, value: object, least: int = 1) -> int:
-    """Return ``value``, a whole number that is ``least`` or more.
-
-    Raises:
-        TypeError: If it is no whole number.
-        ValueError: If it is too small.
-    """
+    """Return ``value``, a whole number that is ``least`` or more."""
     message = f"`{name}` must be a whole number, {least} or more; got {value!r}."
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(message)
@@ -22,12 +17,7 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
 
 
 def finite_number(name: str, value: object) -> float:
-    """Return ``value``, a finite number.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is not finite.
-    """
+    """Return ``value``, a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number; got {value!r}.")
     if not math.isfinite(value):
@@ -36,12 +26,7 @@ def finite_number(name: str, value: object) -> float:
 
 
 def positive_number(name: str, value: object) -> float:
-    """Return ``value``, a number that is positive and finite.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is not positive, or not finite.
-    """
+    """Return ``value``, a number that is positive and finite."""
     number = finite_number(name, value)
     if number <= 0:
         raise ValueError(f"`{name}` must be positive; got {value}.")
@@ -49,11 +34,7 @@ def positive_number(name: str, value: object) -> float:
 
 
 def one_of(name: str, value: object, choices: Collection[str]) -> str:
-    """Return ``value``, one of ``choices``.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
+    """Return ``value``, one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
     return value

@@ -176,7 +176,7 @@ def test_what_is_learned_and_logged(learn: str, own_loss: bool) -> None:
         ({"learned_loss"}, learns_loss),
         ({"implied_lr"}, learns_loss or learns_rate),
         ({"evidence"}, learn != "lr" and own_loss),
-        ({"agreement"}, learns_loss and own_loss),
+        ({"consensus"}, learns_loss and own_loss),
         ({"lr_scale"}, learns_rate),
     ):
         names |= more if is_there else set()

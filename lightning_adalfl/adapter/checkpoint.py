@@ -30,9 +30,6 @@ def load(learner: MetaLearner, checkpoint: dict[str, Any]) -> list[dict[str, Any
 
     Returns:
         The random states of the processes, to be given to :func:`resume`.
-
-    Raises:
-        ValueError: If the entry is damaged, or of another kind of learner.
     """
     state = checkpoint.get(KEY)
     if state is None:
@@ -103,12 +100,7 @@ class PlainHyperparameters:
 
 
 def config_from(given: AdaLFLConfig | Mapping[str, Any] | None) -> AdaLFLConfig | None:
-    """Return the configuration that a constructor was given, or in its place ``load_from_checkpoint``.
-
-    Raises:
-        TypeError: If it is of another type.
-        ValueError: If a mapping has unknown fields.
-    """
+    """Return the configuration that a constructor was given, or in its place ``load_from_checkpoint``."""
     config = _given.get() if given is None else given
     if isinstance(config, Mapping):
         config = AdaLFLConfig.from_dict(config)

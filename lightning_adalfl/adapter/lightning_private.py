@@ -140,11 +140,7 @@ def returns_from_processes(trainer: Any) -> bool:
 
 
 def step_arguments(step: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:
-    """Return what a user's ``training_step`` takes.
-
-    Raises:
-        ValueError: If it takes an iterator instead of a batch.
-    """
+    """Return what a user's ``training_step`` takes."""
     parameters = inspect.signature(step).parameters
     if "dataloader_iter" in parameters:
         raise ValueError("a `training_step` that takes `dataloader_iter` has no batch to learn from; take `batch`.")

@@ -87,11 +87,7 @@ class ManualOptimization:
         return run.backward(loss, lambda descended: backward(descended, *args, **kwargs))
 
     def _adalfl_take_step(self, loss: Tensor, batch_idx: int) -> None:
-        """Do with a loss what automatic optimization does.
-
-        Raises:
-            ValueError: If a scheduler waits for a metric, whose name Lightning does not keep in manual optimization.
-        """
+        """Do with a loss what automatic optimization does."""
         module: Any = self
         trainer, given = module.trainer, module.optimizers()
         optimizers = given if isinstance(given, list) else [given]

@@ -34,9 +34,6 @@ class EndlessBatches:
         loader: Makes the loader anew; called at each pass, so that data that are reloaded are seen.
         seed: Of the order in which it draws.
         purpose: Of the batches.
-
-    Raises:
-        ValueError: While iterating, if the loader yields no batch.
     """
 
     def __init__(self, loader: Callable[[], Any], seed: int, purpose: int = META) -> None:
@@ -124,11 +121,7 @@ class HeldOutBatches:
 
 
 def meta_loader(trainer: Any, config: AdaLFLConfig) -> Any:
-    """Return a loader of held-out batches, apart from the user's.
-
-    Raises:
-        ValueError: If there are no such data, or it is not clear which.
-    """
+    """Return a loader of held-out batches, apart from the user's."""
     chosen, size = config.meta_data, config.meta_batch_size or _batch_size(train_source(trainer))
     if chosen == "train":
         return train_loader(trainer, config.meta_batch_size)

@@ -199,9 +199,6 @@ class ObservedCalls:
             answers: The calls, in the order in which they were answered.
             wanted: The outputs, each by its call and its place there.
             using: Makes what was kept of a call available.
-
-        Raises:
-            ValueError: If the calls are others now.
         """
         found: list[list[Tensor]] = []
 

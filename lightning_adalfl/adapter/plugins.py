@@ -174,11 +174,7 @@ class GradientPath(Clipping):
         self._kept = [(p, gradient, version(gradient), gradient / scale) for p, gradient in self.now()]
 
     def see(self, refuses: bool = True) -> None:
-        """Note what has been made of the gradient since it was kept; what is not known counts as not changing it.
-
-        Raises:
-            ValueError: If it has been changed in another way than by its norm, by a bound, or to zero, and it refuses.
-        """
+        """Note what has been made of the gradient since it was kept; what is not known counts as not changing it."""
         kept, self._kept = [entry for entry in self._kept if entry[0].grad is not None], []
         if any(p.grad is not gradient or version(gradient) != number for p, gradient, number, _ in kept):
             self.note(_explained([before for *_, before in kept], [p.grad for p, *_ in kept], refuses))  # type: ignore

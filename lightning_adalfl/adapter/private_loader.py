@@ -44,9 +44,6 @@ def private_copy(
         batch_size: Instances in a batch; by default as the user's.
         replicas: World size and rank, for a distributed sampler.
         limit: The Trainer's ``limit_*_batches``: a number of batches or a part of them.
-
-    Raises:
-        ValueError: For what can be gone through only once.
     """
     loader = unrecorded(loader)
     if is_a(loader, "CombinedLoader"):

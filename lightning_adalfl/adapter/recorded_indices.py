@@ -59,9 +59,6 @@ def record(loader: Any) -> None:
 
     Args:
         loader: The training loader, before anything is drawn from it.
-
-    Raises:
-        ValueError: If it draws no indices from a batch sampler, or goes on in its own way when a fit is resumed.
     """
     is_plain = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     if not is_plain or loader.batch_sampler is None or hasattr(loader, "load_state_dict"):
@@ -93,9 +90,6 @@ def indices_of(iterator: Any, batch_idx: int) -> list[Any]:
     Args:
         iterator: The DataLoader's, which the trainer takes the batches from.
         batch_idx: Of the batch. A resumed epoch begins with a number above zero, at the sampler's first batch.
-
-    Raises:
-        ValueError: If the batch sampler was not recorded, or the batch is none of its own.
     """
     now = getattr(iterator, "_sampler_iter", None)
     if not isinstance(now, _Pass):

@@ -42,11 +42,7 @@ def _check_sharded(strategy: Any, module: Any, remedy: str) -> None:
 
 
 def learner_of(module: Any, who: str) -> MetaLearner:
-    """Return the learner of a module.
-
-    Raises:
-        TypeError: If it has none.
-    """
+    """Return the learner of a module."""
     learner = getattr(module, "adalfl", None)
     if not isinstance(learner, MetaLearner):
         name = type(module).__name__
@@ -58,11 +54,7 @@ def learner_of(module: Any, who: str) -> MetaLearner:
 
 
 def base_optimizer(trainer: Any, learner: MetaLearner) -> Optimizer:
-    """Return the optimizer whose steps are learned from.
-
-    Raises:
-        ValueError: If there are several and none is chosen, or there is none.
-    """
+    """Return the optimizer whose steps are learned from."""
     optimizers, chosen = list(trainer.optimizers), learner.config.optimizer
     # Lightning puts one that does nothing in the place of none.
     if not optimizers or is_a(optimizers[0], "_MockOptimizer"):

@@ -138,9 +138,6 @@ class StepObserver:
         Args:
             loss: Tells calls with the same input apart: those that it came from are meant.
             is_certain: Whether there must be something; if not, predictions of another origin are ``None``.
-
-        Raises:
-            ValueError: If it cannot be found, or held-out batches would be predicted otherwise.
         """
         if not self.has_calls:
             raise ValueError(

@@ -33,7 +33,7 @@ def state_of(learner: Any) -> dict[str, Any]:
         "meta_steps": learner.meta_steps,
         "answered": learner.answered,
         "skipped_meta_steps": int(learner.skipped),
-        "agreement": float(learner.agreement.mean),
+        "consensus": float(learner.consensus.mean),
         "is_initialised": learner.is_initialised,
     }
 
@@ -86,7 +86,7 @@ def _load(learner: Any, state: Mapping[str, Any]) -> None:
     for name in ("base_steps", "meta_steps", "answered", "is_initialised"):
         setattr(learner, name, state[name])
     learner.skipped = torch.tensor(float(state["skipped_meta_steps"]))
-    learner.agreement.mean = torch.tensor(state["agreement"], dtype=torch.float64)
+    learner.consensus.mean = torch.tensor(state["consensus"], dtype=torch.float64)
 
 
 def _check(state: Any) -> None:
@@ -101,7 +101,7 @@ def _check(state: Any) -> None:
         and {"loss", "rate", "is_zero"} <= set(state)
         and all(type(state.get(name)) is int and state[name] >= 0 for name in _COUNTS)
         and isinstance(state.get("is_initialised"), bool)
-        and isinstance(state.get("agreement"), float)
+        and isinstance(state.get("consensus"), float)
     )
     if not is_whole:
         raise ValueError(_UNREADABLE)

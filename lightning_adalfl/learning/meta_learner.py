@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adalfl.config import AdaLFLConfig
-from lightning_adalfl.learning.agreement import EVERY, Agreement
 from lightning_adalfl.learning.base_step import BaseStep
+from lightning_adalfl.learning.consensus import EVERY, Consensus
 from lightning_adalfl.learning.hypergradient import AllReduce, Hypergradient, Scale, Watch, hypergradient
 from lightning_adalfl.learning.learned_rate import LearnedRate
 from lightning_adalfl.learning.learner_state import Undo, configuration_of, state_of, take_over
@@ -48,7 +48,7 @@ class MetaLearner:
         task_loss, objective: L_T of predictions, target and, if there is one, weight; what trains the base model.
         loss: The learned loss, part of the objective; ``None`` if the learning rate alone is learned, or nothing.
         rate: The learned rate, or ``None``.
-        agreement: Whether held-out instances agree on how φ is to move.
+        consensus: Whether held-out instances agree on how φ is to move.
         base_steps, answered, meta_steps: Base steps, those up to the last that a meta step followed, and meta steps.
         skipped: Meta steps left out, since the hypergradient or the task loss was not finite.
         is_initialised: Whether φ needs no offline phase, since one has run or φ was given.
@@ -67,7 +67,7 @@ class MetaLearner:
         self.objective, self.is_initialised = initial_objective(given, self.task, config.own_loss)
         self.loss = self.objective.loss
         self.rate = LearnedRate(RATE_HORIZON if config.own_loss else 1) if config.learns_lr else None
-        self.agreement = Agreement()
+        self.consensus = Consensus()
         self.base_steps = self.answered = self.meta_steps = 0
         self._scalars: dict[str, Tensor] = {}
         self.last_step: Hypergradient | None = None
@@ -188,8 +188,8 @@ class MetaLearner:
         size = norm(list(gradients.values()))
         undo = Undo(self._optimizer)
         if self.config.own_loss and self.loss is not None:
-            self._scalars["adalfl/agreement"] = self.agreement.look(found.loss, found.half, self.loss)
-        with self.agreement.holding(self.loss):
+            self._scalars["adalfl/consensus"] = self.consensus.look(found.loss, found.half, self.loss)
+        with self.consensus.holding(self.loss):
             for k in range(moves):
                 if k and self.loss is not None:
                     gradients.update(found.at_present(all_reduce))
@@ -253,7 +253,7 @@ class MetaLearner:
         """Take over what an offline phase has learned: training begins with fresh moments, and counts from zero."""
         self.start()
         self.is_initialised, self.meta_steps, self.answered = True, 0, 0
-        self._scalars, self._descent, self.agreement = {}, None, Agreement()
+        self._scalars, self._descent, self.consensus = {}, None, Consensus()
 
     @torch.no_grad()
     def set_phi(self, values: Mapping[str, Tensor]) -> None:

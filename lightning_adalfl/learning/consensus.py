@@ -16,7 +16,7 @@ _KEPT = 0.8  # of the mean at each look
 _LOSS = 0.2  # the most that ℓ_φ loses at each look
 
 
-class Agreement:
+class Consensus:
     """Keeps the learned loss where two halves of the held-out instances disagree, and takes it back.
 
     Few instances can be learned by heart. What helps them alone helps one half of them and harms the other.
