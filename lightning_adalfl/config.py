@@ -30,8 +30,8 @@ class AdaLFLConfig:
             pairs. Always to be given.
         task_loss: The meta-objective L_T: ``"bounded"``, for classification a generalised cross-entropy, which few
             confident mistakes cannot rule, and for regression the mean squared error; ``"handcrafted"``, the
-            cross-entropy or mean squared error; or ``task_loss(predictions, target) -> scalar``, or its import path.
-            Set it where you care about something else.
+            cross-entropy or mean squared error; or ``task_loss(predictions, target) -> scalar``, a mean over instances,
+            or its import path. Set it where you care about something else.
         ignore_index: The class index that stands for "no target". Set it where your criterion has one.
         loss: What is learned: ``"network"``, or another preset's name (``"paper"``, ``"ml3"``, ``"taylor_cubic"``,
             ...); the file of a learned loss; or a :class:`LearnedLoss`. Set it to go on with what another run has

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_adalfl import AdaLFLInit
 from lightning_adalfl.adapter.refusals import check_trainer
 
-CASES = ["SGD", "clipped", "AdamW", "RMSprop", "half", "Muon"]
+CASES = ["SGD", "clipped", "AdamW", "RMSprop", "half", "Muon", "bent"]
 
 
 class Shards(Smooth):
@@ -41,7 +41,7 @@ class Shards(Smooth):
     def configure_optimizers(self) -> Any:
         matrices = [p for p in self.parameters() if p.ndim == 2] if self.case == "Muon" else self.parameters()
         options = {"momentum": 0.9} if self.case == "SGD" else {}
-        kind = getattr(torch.optim, "SGD" if self.case in ("half", "clipped") else self.case)
+        kind = getattr(torch.optim, "SGD" if self.case in ("half", "clipped", "bent") else self.case)
         return kind(matrices, lr=0.1 if kind is torch.optim.SGD else 0.01, **options)
 
 
@@ -49,7 +49,8 @@ def run(rank: int, world_size: int, folder: Path, case: str) -> dict[str, Any]:
     """Train 20 steps on the joint batch; return whole θ and φ."""
     options = {"hypergradient": "finite_difference", "meta_optimizer": "SGD", "meta_lr": 0.1, "meta_data": "train"}
     # The learned loss alone, which knows no batch: a bent one finds its length in each process by itself.
-    module = make(adaptive(Shards), case=case, adalfl=config(**options, own_loss=False, loss="paper"))
+    shape = {} if case == "bent" else {"own_loss": False, "loss": "paper"}
+    module = make(adaptive(Shards), case=case, adalfl=config(**options, **shape))
     for parameter in [*module.parameters(), *module.adalfl.loss.parameters()]:
         nn.init.normal_(parameter, std=0.3)
     module.adalfl.set_phi(module.adalfl.loss.state_dict())
@@ -66,7 +67,8 @@ def run(rank: int, world_size: int, folder: Path, case: str) -> dict[str, Any]:
     t = trainer(folder, max_epochs=-1, max_steps=20, **how, **clip)
     t.fit(module, train, val)
     theta = {name: whole(p).detach().clone() for name, p in module.named_parameters()}
-    return {"theta": theta, "phi": phi(module), "meta_steps": module.adalfl.meta_steps, "start": start}
+    found = {"theta": theta, "phi": phi(module), "meta_steps": module.adalfl.meta_steps, "start": start}
+    return {**found, "consensus": module.adalfl.consensus.mean}
 
 
 def whole(tensor: Any) -> Tensor:
@@ -93,6 +95,13 @@ def test_two_processes_with_shards_end_where_one_ends(folder: Path, tmp_path: Pa
         # What they agree in has moved by far more than that.
         for kind, moved in (("theta", 1e-3), ("phi", 1e-4)):
             assert max(float((alone[kind][n] - t).abs().max()) for n, t in alone["start"][kind].items()) > moved
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_both_processes_have_the_same_consensus(folder: Path) -> None:
+    first, second = (torch.load(folder / f"bent-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert 0 < abs(float(first["consensus"])) <= 1
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", ["half", "Muon"])
