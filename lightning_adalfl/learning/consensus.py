@@ -46,5 +46,6 @@ class Consensus:
         before = {name: p.detach().clone() for name, p in phi.items()}
         yield
         with torch.no_grad():
+            disagree = self.mean < 0
             for name, p in phi.items():
-                p.copy_(torch.where(self.mean.to(p.device) < 0, before[name], p))
+                p.copy_(torch.where(disagree.to(p.device), before[name], p))
