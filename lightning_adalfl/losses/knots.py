@@ -116,9 +116,10 @@ class KnotGradient(OutputGradient):
         """Add the tangents to the coefficients that they meet."""
         for part, begin, weight in self._chunks(p, starts, tangent):
             piece, u = self._places(part, begin, function)
+            piece = piece.long()  # which `scatter_add_` asks for
             for power, row in enumerate(moments):
                 weight = weight * u if power else weight
-                row.scatter_add_(0, piece.long(), weight)
+                row.scatter_add_(0, piece, weight)
 
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ Σ_i tangent_i · value_i``."""
