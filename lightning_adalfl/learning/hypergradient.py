@@ -18,6 +18,7 @@ from lightning_adalfl.losses.descent import Descent, precise
 from lightning_adalfl.losses.training_objective import BatchLoss
 
 AllReduce = Callable[[list[Tensor]], None]
+_Direction = tuple[float, list[Tensor]]
 _Part = tuple[Descent, Tensor, list[Tensor]]
 Watch = Callable[[BaseStep, "Hypergradient"], None]
 
@@ -54,7 +55,7 @@ class Hypergradient:
     along: Tensor | None = None
     half: dict[str, Tensor] = field(default_factory=dict)
     evidence: Tensor | None = None
-    direction: tuple[float, list[Tensor]] | None = None
+    direction: _Direction | None = None
     # What each forward has descended, the factor with which that is in the step, and h; the last step's come first.
     _parts: list[_Part] = field(default_factory=list, repr=False)
     _in_last_step: int = field(default=0, repr=False)
@@ -114,7 +115,7 @@ def hypergradient(
         along: A direction in parameter space, one tensor for each of the last step's ``parameters``.
         by_forward: Whether to compute h, and from it ``loss``, ``evidence`` and ``influence``; the learning rate alone
             does not need it.
-        halves: Whether to compute ``half``, of one step, which takes another backward and another J_t u.
+        halves: Whether to compute ``half``, which takes another backward and another J_t u.
 
     Raises:
         ValueError: If a step was not recorded, its forward gives another result when it is run again, or the optimizer
@@ -137,27 +138,29 @@ def hypergradient(
         result.log_lr = _by_log_lr(last, vector)
     if along is not None:
         result.along = dot(vector, along)
-    for step in reversed(chain) if by_forward else ():
-        scale, u, parts = _reached(step, vector)
-        result.direction = result.direction or (scale, u)  # the last step comes first
-        result._parts += parts
-        if step is not chain[0]:
-            vector = _before(step, vector, scale, u)
     if by_forward:
+        result.direction, result._parts = _through(chain, vector)
         result._in_last_step = len(last.forwards)
         result.evidence = torch.stack([descent.evidence(h) * factor for descent, factor, h in result.parts]).sum()
-    result.loss, result.half = _summed(result._parts), _summed(_reached(last, half)[2] if half else [])
+    result.loss, result.half = _summed(result._parts), _summed(_through(chain, half)[1] if half else [])
     if all_reduce is not None:
         scalars = [t for t in (result.log_lr, result.along, result.evidence) if t is not None]
         all_reduce([*scalars, result.task_loss, *result.loss.values(), *result.half.values()])
     return result
 
 
-def _reached(step: BaseStep, vector: Sequence[Tensor]) -> tuple[float, list[Tensor], list[_Part]]:
-    """Return (c, w) with ``c · w = u`` for a gradient by θ after a step, and of each forward what that comes to."""
-    scale, u = step.vjp([vector[i] for i in step.active])
-    found = [(forward, *_descended(step, forward, scale)) for forward in step.forwards]
-    return scale, u, [(descent, factor, step.jacobian_times(forward, u)) for forward, descent, factor in found]
+def _through(chain: Sequence[BaseStep], vector: Sequence[Tensor]) -> tuple[_Direction | None, list[_Part]]:
+    """Return the direction in the last step of a gradient by θ after it, and the parts that it has in all forwards."""
+    direction, parts = None, []
+    for step in reversed(chain):
+        scale, u = step.vjp([vector[i] for i in step.active])
+        direction = direction or (scale, u)  # the last step comes first
+        for forward in step.forwards:
+            descent, factor = _descended(step, forward, scale)
+            parts.append((descent, factor, step.jacobian_times(forward, u)))
+        if step is not chain[0]:
+            vector = _before(step, vector, scale, u)
+    return direction, parts
 
 
 def _meta_gradient(

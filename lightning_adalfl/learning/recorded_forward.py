@@ -262,10 +262,7 @@ class Model:
     def gradients(self, loss: Tensor, parameters: Sequence[Tensor], again: bool = False) -> Sequence[Tensor | None]:
         """Return the gradients of a loss that the module has just given; ``None`` where it does not depend on one.
 
-        Args:
-            loss: Of the module's predictions.
-            parameters: What to differentiate by.
-            again: Whether there is another loss of the same predictions to come.
+        The graph stays for another loss of the same predictions if ``again``.
         """
         return torch.autograd.grad(loss, parameters, retain_graph=again, allow_unused=True)
 
