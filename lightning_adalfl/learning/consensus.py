@@ -40,9 +40,8 @@ class Consensus:
         return self.mean
 
     @contextmanager
-    def holding(self, loss: LearnedLoss | None) -> Iterator[None]:
+    def holding(self, phi: Mapping[str, Tensor]) -> Iterator[None]:
         """Undo what the body does to φ, unless the halves agree."""
-        phi = {} if loss is None else loss.phi()
         before = {name: p.detach().clone() for name, p in phi.items()}
         yield
         with torch.no_grad():

@@ -22,7 +22,7 @@ from lightning_adalfl.learning.recorded_forward import Predict
 from lightning_adalfl.learning.torch_private import norm
 from lightning_adalfl.losses.descent import Descent, Predicted
 from lightning_adalfl.losses.tasks import check_task_loss, task_named
-from lightning_adalfl.losses.training_objective import OwnLoss, initial_objective
+from lightning_adalfl.losses.training_objective import BentLoss, OwnLoss, initial_objective
 
 RATE_HORIZON = 100  # base steps
 
@@ -151,7 +151,7 @@ class MetaLearner:
         last = steps if isinstance(steps, BaseStep) else steps[-1]
         if self.objective.is_zero:
             self.objective.take_units([f.descent for f in last.forwards if f.descent], all_reduce)
-        is_time = (self.base_steps + 1) // EVERY > self.answered // EVERY
+        along = None if self.rate is None else self.rate.along(last.before)
         while True:
             found = hypergradient(
                 steps,
@@ -160,9 +160,9 @@ class MetaLearner:
                 all_reduce=all_reduce,
                 loss_scale=1.0 if scale is None else scale.value,
                 log_lr=self.rate is not None,
-                along=None if self.rate is None else self.rate.along(last.before),
+                along=along,
                 by_forward=self.config.learn != "lr" or watch is not None,
-                halves=is_time and self.config.own_loss and self.loss is not None and steps is last,
+                halves=isinstance(self.objective, BentLoss) and (self.base_steps + 1) // EVERY > self.answered // EVERY,
             )
             tensors = [*found.loss.values(), *(t for t in (found.log_lr, found.along) if t is not None)]
             if scale is None or scale.fits(tensors):
@@ -185,11 +185,11 @@ class MetaLearner:
             gradients["log_lr_scale"] = self.rate.gradient(found)
         if not gradients:
             return
-        size = norm(list(gradients.values()))
-        undo = Undo(self._optimizer)
-        if self.config.own_loss and self.loss is not None:
-            self._scalars["adalfl/consensus"] = self.consensus.look(found.loss, found.half, self.loss)
-        with self.consensus.holding(self.loss):
+        size, undo = norm(list(gradients.values())), Undo(self._optimizer)
+        bent = self.objective.loss if isinstance(self.objective, BentLoss) else None
+        if bent is not None:
+            self._scalars["adalfl/consensus"] = self.consensus.look(found.loss, found.half, bent)
+        with self.consensus.holding({} if bent is None else bent.phi()):
             for k in range(moves):
                 if k and self.loss is not None:
                     gradients.update(found.at_present(all_reduce))
