@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -59,6 +60,20 @@ def test_the_half_is_the_gradient_of_every_other_instance(way: str, rows: int) -
         torch.testing.assert_close(found.half[name], alone[name], rtol=1e-3, atol=1e-6)
 
 
+def test_the_half_of_an_inner_loop_goes_through_all_of_its_steps() -> None:
+    learner, model, (x, y) = bent(), mlp(), drawn(8, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps = [BaseStep(model, optimizer) for _ in range(3)]
+    for k, step in enumerate(steps):
+        step.forward(drawn(16, k))
+        optimizer.zero_grad()
+        step.descend(learner.objective, F.cross_entropy).backward()
+        step.step()
+    found = hypergradient(steps, learner.task_loss, (x, y), halves=True).half
+    for name, value in hypergradient(steps, learner.task_loss, (x[::2], y[::2])).loss.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
+
+
 def gradients(first: float, second: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the gradient of all instances, and of a half, where the halves have these."""
     return {"w": torch.tensor([(first + second) / 2])}, {"w": torch.tensor([first])}
@@ -71,7 +86,7 @@ def test_where_the_halves_disagree_nothing_moves_and_the_loss_gets_smaller(loss:
         consensus.look(*gradients(1.0, 2.0), loss)
     assert float(consensus.mean) == pytest.approx(1.0, abs=0.01)
     before = [p.detach().clone() for p in loss.parameters()]
-    with consensus.holding(loss), torch.no_grad():
+    with consensus.holding(loss.phi()), torch.no_grad():
         for p in loss.parameters():
             p.add_(0.1)
     assert all(not torch.equal(p, b) for p, b in zip(loss.parameters(), before))
@@ -81,7 +96,7 @@ def test_where_the_halves_disagree_nothing_moves_and_the_loss_gets_smaller(loss:
     assert float(consensus.mean) == pytest.approx(-1.0, abs=0.02)
     assert float(loss.pairwise(*pairs).detach().abs().sum()) < 0.1 * size
     before = [p.detach().clone() for p in loss.parameters()]
-    with consensus.holding(loss), torch.no_grad():
+    with consensus.holding(loss.phi()), torch.no_grad():
         for p in loss.parameters():
             p.add_(0.1)
     assert all(torch.equal(p, b) for p, b in zip(loss.parameters(), before))
@@ -101,7 +116,7 @@ class Scaled(LearnedLoss):
 def test_a_loss_that_cannot_be_scaled_is_held_and_a_gradient_that_is_not_finite_tells_nothing() -> None:
     consensus, loss = Consensus(), Scaled()
     consensus.look(*gradients(1.0, -1.0), loss)
-    with consensus.holding(loss), torch.no_grad():
+    with consensus.holding(loss.phi()), torch.no_grad():
         loss.a.add_(1.0)
     assert float(loss.a.detach()) == 1.0
     before = float(consensus.mean)
@@ -133,13 +148,18 @@ def test_the_paper_compares_nothing() -> None:
 
 
 def train(learner: MetaLearner, steps: int, held_out: Any) -> None:
-    model = mlp()
+    """Train on three classes."""
+    fit(learner, mlp(), F.cross_entropy, (drawn(32, 100 + k) for k in range(steps)), held_out)
+
+
+def fit(learner: MetaLearner, model: nn.Module, own_loss: Any, batches: Iterable[Batch], held_out: Any) -> None:
+    """Take a base step on each batch, and the meta steps that are due."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     step = learner.new_base_step(model, optimizer)
-    for k in range(steps):
-        predictions, target = step.forward(drawn(32, 100 + k))
+    for batch in batches:
+        predictions, target = step.forward(batch)
         optimizer.zero_grad()
-        step.descend(learner.objective, F.cross_entropy(predictions, target)).backward()
+        step.descend(learner.objective, own_loss(predictions, target)).backward()
         step.step()
         learner.end_base_step(step, held_out)
 
@@ -157,17 +177,10 @@ def error(trusted: Batch, shifted: float, learn: str = "loss") -> float:
     """Train on 300 values, and return the mean squared error on others."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    learner = MetaLearner(AdaLFLConfig("regression", learn=learn))
-    step, held_out = learner.new_base_step(model, optimizer), itertools.cycle([trusted])
     (x, y), generator = values(300, 1, shifted), torch.Generator().manual_seed(5)
-    for _ in range(800):
-        rows = torch.randint(300, (32,), generator=generator)
-        predictions, target = step.forward((x[rows], y[rows]))
-        optimizer.zero_grad()
-        step.descend(learner.objective, F.mse_loss(predictions, target)).backward()
-        step.step()
-        learner.end_base_step(step, held_out)
+    drawn_rows = (torch.randint(300, (32,), generator=generator) for _ in range(800))
+    learner = MetaLearner(AdaLFLConfig("regression", learn=learn))
+    fit(learner, model, F.mse_loss, ((x[rows], y[rows]) for rows in drawn_rows), itertools.cycle([trusted]))
     x, y = values(1000, 3)
     return float(F.mse_loss(model(x).detach(), y))
 

@@ -571,8 +571,10 @@ def test_early_stopping_stops_where_it_stops_the_plain_module(tmp_path: Path) ->
 
 # Loggers.
 
-SCALARS = {"adalfl/learned_loss", "adalfl/task_loss", "adalfl/meta_grad_norm", "adalfl/implied_lr", "adalfl/evidence"}
-SCALARS |= {"adalfl/consensus"}
+SCALARS = {
+    *("adalfl/learned_loss", "adalfl/task_loss", "adalfl/meta_grad_norm"),
+    *("adalfl/implied_lr", "adalfl/evidence", "adalfl/consensus"),
+}
 
 
 def log(tmp_path: Path, logger: Any) -> Any:
