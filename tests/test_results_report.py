@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import results_report
 from experiment_figures import learned_losses, learning_curves
-from experiment_tables import CONTROLS, NOT_RUN, Runs, ablation, beside_the_paper, outcome, stopped_early
+from experiment_tables import CONTROLS, NOT_RUN, Runs, ablation, beside_the_paper, order, outcome, stopped_early
 from results_report import BLOCKS, PAGE, all_records, claim, difference, page, replaced
 
 
@@ -99,9 +99,22 @@ def test_the_claim_is_held_against_every_explanation() -> None:
 
 def test_an_ablation_has_the_papers_column() -> None:
     lines = ablation(Runs([record("adalfl meta_lr=1e-3", 0, 0.06)]), "meta_lr", ("mnist/logistic", "mnist/lenet5"))
+    assert lines[0] == "|  | MNIST, logistic | MNIST, LeNet-5, the paper |"
     assert lines[-1] == "| adalfl meta_lr=1e-3 | 0.0600 | 0.0104 ± 0.0011 |"
+    inner = [record("adalfl inner_steps=5", 0, 0.06), record("ml3 inner_steps=5", 0, 0.07)]
+    lines = ablation(Runs(inner), "open_settings", ("mnist/logistic",))
+    assert lines[-2:] == ["| ml3 inner_steps=5 | 0.0700 |", "| adalfl inner_steps=5 | 0.0600 |"], "that is on CIFAR-10"
     unchanged = ablation(Runs([record("adalfl", 0, 0.06)]), "meta_lr", ("mnist/logistic",))
     assert unchanged == [NOT_RUN], "what is not varied is no table"
+
+
+def test_the_methods_of_a_row_in_order() -> None:
+    records = [record("baseline", 0, 0.06), record("adalfl", 0, 0.07), record("adalfl", 1, 0.01)]
+    (row,) = order(Runs(records), ("baseline", "adalfl"))[2:]
+    assert row == "| MNIST, logistic | AdaLFL < handcrafted | AdaLFL < handcrafted |"
+    diverged = [*records, record("adalfl", 2, None)]
+    assert order(Runs(diverged), ("baseline", "adalfl"))[2].startswith("| MNIST, logistic | handcrafted < AdaLFL")
+    assert order(Runs(records), ("baseline", "ml3")) == [NOT_RUN]
 
 
 @pytest.mark.parametrize("name", BLOCKS)

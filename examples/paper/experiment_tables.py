@@ -50,6 +50,10 @@ ROWS = {
     "mnist/lenet5_unpadded": "MNIST, LeNet-5 unpadded",
     "mnist/lenet5_relu": "MNIST, LeNet-5 ReLU",
 }
+# The row that the paper has an ablation on.
+ABLATED = {"inner_steps": ("cifar10/allcnnc", "CIFAR-10, AllCNN-C"), "meta_lr": ("mnist/lenet5", "MNIST, LeNet-5")}
+# Rows of an ablation that are a method as it is.
+UNCHANGED = {"adalfl meta_lr=1e-5": "adalfl"}
 STEPS = 10_000
 MISSING = "not run"
 NOT_RUN = "Not run; `reproduce.py` runs it."
@@ -89,6 +93,7 @@ class Runs:
         """Return the records of a method, in the order of the seeds; those of ``"baseline_tuned"`` are chosen here."""
         if method == "baseline_tuned":
             return self._tuned(row)
+        method = UNCHANGED.get(method, method)
         # A method with the model's own draw is the method itself.
         plain, _, draw = method.partition(" draw=")
         own = MODELS[row.split("/")[1]].draw
@@ -129,7 +134,7 @@ def paper_number(task: str, model: str, method: str) -> list[float] | None:
     row = paper_row(task, model)
     name, _, variant = method.partition(" ")
     option, _, value = variant.partition("=")
-    if option == "inner_steps" or (option == "meta_lr" and name == "adalfl"):
+    if (option, name) in (("inner_steps", "ml3"), ("meta_lr", "adalfl")):
         table = PAPER["table3_inner_steps" if option == "inner_steps" else "table6_meta_learning_rate"]
         return table.get(value) if table["task"] == row else None
     if option == "meta_data":
@@ -175,18 +180,47 @@ def beside_the_paper(runs: Runs, methods: Sequence[str]) -> list[str]:
 
 
 def ablation(runs: Runs, name: str, rows: Sequence[str]) -> list[str]:
-    """Return a table with a line for each row of an ablation: ours, on the tasks given, and the paper's."""
+    """Return a table with a line for each row of an ablation: ours on the tasks given, each beside the paper's if any.
+
+    Where the paper has it on a task that is not among them, its numbers have a column of their own.
+    """
     methods = [method for method in ABLATIONS[name] if any(runs.of(row, method) for row in rows)]
     was_run = [row for row in rows if any(runs.of(row, method) for method in methods)]
-    if not set(methods) - set(LABELS):
+    if not set(methods) - set(LABELS) - set(UNCHANGED):
         return [NOT_RUN]
-    lines = head(["", *(ROWS[row] for row in was_run), "the paper"])
-    for method in methods:
-        numbers = [paper_number(*row.split("/"), method) for row in rows]
-        number = next((n for n in numbers if n is not None), None)
-        known = "–" if number is None else f"{number[0]:.4f} ± {number[1]:.4f}"
-        lines.append(line([method, *(outcome(runs.of(row, method)) for row in was_run), known]))
-    return lines
+    columns: dict[str, dict[str, str]] = {}
+    for row in was_run:
+        columns[ROWS[row]] = {method: outcome(runs.of(row, method)) for method in methods}
+        columns[f"{ROWS[row]}, the paper"] = _known(row, methods)
+    if name in ABLATED:
+        row, title = ABLATED[name]
+        columns[f"{title}, the paper"] = _known(row, methods)
+    columns = {title: cells for title, cells in columns.items() if cells}
+    lines = head(["", *columns])
+    return lines + [line([method, *(cells.get(method, "–") for cells in columns.values())]) for method in methods]
+
+
+def _known(row: str, methods: Sequence[str]) -> dict[str, str]:
+    found = {method: paper_number(*row.split("/"), method) for method in methods}
+    return {method: f"{number[0]:.4f} ± {number[1]:.4f}" for method, number in found.items() if number is not None}
+
+
+def order(runs: Runs, methods: Sequence[str]) -> list[str]:
+    """Return a table of the methods from the best to the worst, the paper's order beside ours."""
+    lines = head(["", "ours, best first", "the paper's"])
+    for row, label in ROWS.items():
+        ours = {method: mean_error(runs.of(row, method)) for method in methods}
+        papers = {method: paper_number(*row.split("/"), method) for method in methods}
+        if None in ours.values() or None in papers.values():
+            continue
+        orders = (sorted(methods, key=ours.__getitem__), sorted(methods, key=papers.__getitem__))
+        lines.append(line([label, *(" < ".join(LABELS[method] for method in found) for found in orders)]))
+    return lines if len(lines) > 2 else [NOT_RUN]
+
+
+def mean_error(records: Sequence[Record]) -> float | None:
+    """Return the mean test error, infinite if a run diverged; ``None`` without any run."""
+    return mean(math.inf if record["test"] is None else record["test"] for record in records) if records else None
 
 
 def seeds_of(found: Sequence[Sequence[Record]]) -> str:

@@ -26,6 +26,7 @@ from experiment_tables import (
     beside_the_paper,
     head,
     line,
+    order,
     outcome,
     seeds_of,
     stopped_early,
@@ -113,6 +114,7 @@ def open_settings(runs: Runs) -> list[str]:
 
 BLOCKS: Mapping[str, Callable[[Runs], list[str]]] = {
     **{block.number: (lambda runs, block=block: beside_the_paper(runs, block.methods)) for block in TABLES},
+    "order": lambda runs: order(runs, COMPARED),
     "3": lambda runs: ablation(runs, "inner_steps", ("mnist/logistic", "mnist/lenet5")),
     "6": lambda runs: ablation(runs, "meta_lr", ("mnist/logistic", "mnist/lenet5")),
     "7": lambda runs: ablation(runs, "meta_data", ("crime/mlp", "diabetes/mlp")),
@@ -122,6 +124,7 @@ BLOCKS: Mapping[str, Callable[[Runs], list[str]]] = {
     "open settings": open_settings,
 }
 TITLES = {
+    "order": "The order of the methods of Table 1",
     "controls": "What the paper lacks: controls, and ours",
     "claim": "What explains AdaLFL's gain",
     "first draw": "The base model's first draw",
