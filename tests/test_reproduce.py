@@ -15,6 +15,7 @@ import experiment_run
 import experiment_tables
 import pytest
 import reproduce
+import step_times
 import torch
 from dataset_files import crime_table, generator, write_cifar, write_idx, write_svhn
 from experiment_methods import ABLATIONS, ALL_METHODS, METHODS, find_method
@@ -222,3 +223,13 @@ def test_the_kept_results_are_records_of_runs(path: Path) -> None:
         assert record["command"].startswith(reproduce.command(job))
         ended = record["curve"]["step"][-1] == record["steps"]
         assert ended or record["test"] is None
+
+
+def test_the_steps_of_the_large_rows_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    step_times.main(["--models", "squeezenet", "--steps", "1", "--batch-size", "2"])
+    model, plain, adaptive, *hours = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    assert model == "squeezenet"
+    assert 0 < float(plain) < float(adaptive)
+    assert len(hours) == 2
+    with pytest.raises(SystemExit):
+        step_times.main(["--steps", "0"])
