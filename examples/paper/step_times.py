@@ -1,6 +1,6 @@
 """What the rows of Table 1 on CIFAR-10, CIFAR-100 and SVHN cost on a machine: a few steps on images of noise.
 
-python examples/paper/step_times.py                         # on one core a quarter of an hour, most of it the two WideResNets
+python examples/paper/step_times.py                      # a quarter of an hour on one core, most of it two WideResNets
 python examples/paper/step_times.py --models vgg16 allcnnc --steps 100 --accelerator gpu
 """
 
