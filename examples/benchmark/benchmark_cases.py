@@ -10,13 +10,14 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from torchvision.models import resnet18, resnet50
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLMixin
 
 LR = 0.01
 BATCHES = 4
+EPOCH = 25  # times that an epoch has them
 Batch = tuple[Tensor, Tensor]
 
 
@@ -96,8 +97,9 @@ class Case:
         return [(pictures[y] + torch.randn(self.batch, *self.shape, generator=generator), y) for y in labels]
 
     def loader(self) -> DataLoader[Any]:
-        """Return the batches as a project would have them."""
-        return DataLoader(TensorDataset(*(torch.cat(parts) for parts in zip(*self.batches()))), self.batch)
+        """Return the batches as a project would have them, in epochs whose ends do not count."""
+        rows = TensorDataset(*(torch.cat(parts) for parts in zip(*self.batches())))
+        return DataLoader(ConcatDataset([rows] * EPOCH), self.batch)
 
 
 CASES = {
