@@ -15,13 +15,13 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from base_models import MODELS, build_model, draw_parameters
-from experiment_methods import find_method, implied_rate, learned_values, offline_steps
+from experiment_methods import Method, find_method, implied_rate, learned_values, offline_steps
 from in_memory import InMemory
 from tasks import Loaders, Task, in_order, load_task, loaders
 from torch import Tensor
 from torch.utils.data import Subset
 
-from lightning_adalfl import AdaLFLMixin
+from lightning_adalfl import AdaLFLInit, AdaLFLMixin
 
 Record = dict[str, Any]
 CURVE_POINTS = 20
@@ -226,33 +226,17 @@ def run(job: Job, rate: Callable[[int], float] | None = None) -> Record:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     task = load_task(job.task, Path(job.data), job.seed)
     data = loaders(task, job.batch_size, job.seed)
-    method, init = find_method(job.method), None
+    method = find_method(job.method)
     alpha = method.rate_factor * paper_learning_rate(task.kind)
     rate = rate or (lambda step: alpha)
     torch.manual_seed(job.seed)  # the base model is drawn first, so every method begins with the same one
     recorder = Recorder(task, data, job.steps, job.seed < LOSSES_KEPT)
-    callbacks: list[L.Callback] = [recorder]
-    if method.learns:
-        config, init = method.build(task.kind, job.init_steps)
-        module: BaseLearner = AdaptiveLearner(task, job.model, rate, method.draw, adalfl=config)
-        callbacks += [init] if init else []
-    else:
-        module = BaseLearner(task, job.model, rate, method.draw)
+    module, init = learner_of(task, job.model, method, rate, job.init_steps)
     recorder.started = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few workers, and of hypergradients that are not finite: the record tells
-        trainer = L.Trainer(
-            max_steps=job.steps,
-            callbacks=callbacks,
-            accelerator=job.accelerator,
-            devices=1,
-            limit_val_batches=0,
-            log_every_n_steps=min(10, recorder.rate_every),
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        callbacks = [recorder, *([init] if init else [])]
+        trainer = quiet_trainer(job.steps, callbacks, job.accelerator, log_every_n_steps=min(10, recorder.rate_every))
         trainer.fit(module, data.train, data.val)
     seconds = time.process_time() - recorder.started - recorder.seconds
     record: Record = {
@@ -266,6 +250,32 @@ def run(job: Job, rate: Callable[[int], float] | None = None) -> Record:
     if recorder.losses and recorder.losses["step"]:
         record["losses"] = {**recorder.grid, **recorder.losses}
     return record
+
+
+def learner_of(
+    task: Task, model: str, method: Method, rate: Callable[[int], float], init_steps: int | None = None
+) -> tuple[BaseLearner, AdaLFLInit | None]:
+    """Return a module that trains as a method does, and its offline phase."""
+    if not method.learns:
+        return BaseLearner(task, model, rate, method.draw), None
+    config, init = method.build(task.kind, init_steps)
+    return AdaptiveLearner(task, model, rate, method.draw, adalfl=config), init
+
+
+def quiet_trainer(steps: int, callbacks: list[L.Callback], accelerator: str, **options: Any) -> L.Trainer:
+    """Return a trainer for a number of base steps on one device, which shows and keeps nothing by itself."""
+    return L.Trainer(
+        max_steps=steps,
+        callbacks=callbacks,
+        accelerator=accelerator,
+        devices=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
 
 
 def matched_rate(record: Record) -> Callable[[int], float]:

@@ -49,9 +49,10 @@ ROWS = {
     "mnist/lenet5": "MNIST, LeNet-5",
     "mnist/lenet5_unpadded": "MNIST, LeNet-5 unpadded",
     "mnist/lenet5_relu": "MNIST, LeNet-5 ReLU",
+    "cifar10/allcnnc": "CIFAR-10, AllCNN-C",
 }
-# The row that the paper has an ablation on.
-ABLATED = {"inner_steps": ("cifar10/allcnnc", "CIFAR-10, AllCNN-C"), "meta_lr": ("mnist/lenet5", "MNIST, LeNet-5")}
+# The paper's table of an ablation that it has on one row alone.
+ABLATED = {"inner_steps": PAPER["table3_inner_steps"], "meta_lr": PAPER["table6_meta_learning_rate"]}
 # Rows of an ablation that are a method as it is.
 UNCHANGED = {"adalfl meta_lr=1e-5": "adalfl"}
 STEPS = 10_000
@@ -135,7 +136,7 @@ def paper_number(task: str, model: str, method: str) -> list[float] | None:
     name, _, variant = method.partition(" ")
     option, _, value = variant.partition("=")
     if (option, name) in (("inner_steps", "ml3"), ("meta_lr", "adalfl")):
-        table = PAPER["table3_inner_steps" if option == "inner_steps" else "table6_meta_learning_rate"]
+        table = ABLATED[option]
         return table.get(value) if table["task"] == row else None
     if option == "meta_data":
         table, column = PAPER["table7_meta_objective"], ("training", "validation")[value == "val"]
@@ -171,11 +172,9 @@ def beside_the_paper(runs: Runs, methods: Sequence[str]) -> list[str]:
         found = [runs.of(row, method) for method in methods]
         if not any(found):
             continue
-        papers = [paper_number(*row.split("/"), method) for method in methods]
         lines.append(line([label, "ours", seeds_of(found), *map(outcome, found)]))
-        if any(papers):
-            known = ["–" if paper is None else f"{paper[0]:.4f} ± {paper[1]:.4f}" for paper in papers]
-            lines.append(line(["", "the paper", "10", *known]))
+        if known := _known(row, methods):
+            lines.append(line(["", "the paper", "10", *(known.get(method, "–") for method in methods)]))
     return lines if len(lines) > 2 else [NOT_RUN]
 
 
@@ -193,14 +192,15 @@ def ablation(runs: Runs, name: str, rows: Sequence[str]) -> list[str]:
         columns[ROWS[row]] = {method: outcome(runs.of(row, method)) for method in methods}
         columns[f"{ROWS[row]}, the paper"] = _known(row, methods)
     if name in ABLATED:
-        row, title = ABLATED[name]
-        columns[f"{title}, the paper"] = _known(row, methods)
+        row = ABLATED[name]["task"]
+        columns[f"{ROWS[row]}, the paper"] = _known(row, methods)
     columns = {title: cells for title, cells in columns.items() if cells}
     lines = head(["", *columns])
     return lines + [line([method, *(cells.get(method, "–") for cells in columns.values())]) for method in methods]
 
 
 def _known(row: str, methods: Sequence[str]) -> dict[str, str]:
+    """Return the paper's numbers of a row, by method, where it has them."""
     found = {method: paper_number(*row.split("/"), method) for method in methods}
     return {method: f"{number[0]:.4f} ± {number[1]:.4f}" for method, number in found.items() if number is not None}
 
@@ -236,8 +236,7 @@ def table(records: Sequence[Record]) -> str:
         groups.setdefault((record["task"], record["model"], record["steps"], record["method"]), []).append(record)
     lines = head(["task / model", "steps", "method", "seeds", "test error", "seconds", "the paper's", "its hours"])
     for (task, model, steps, method), rows in groups.items():
-        paper, hours = paper_number(task, model, method), paper_hours(task, model, method)
-        known = "" if paper is None else f"{paper[0]:.4f} ± {paper[1]:.4f}"
+        known, hours = _known(f"{task}/{model}", [method]).get(method, ""), paper_hours(task, model, method)
         seconds = f"{mean(row['seconds'] for row in rows):.0f}"
         time = "" if hours is None else f"{hours:g}"
         lines.append(

@@ -15,16 +15,17 @@ from typing import Any
 
 import lightning as L
 import torch
-from experiment_methods import find_method
-from experiment_run import AdaptiveLearner, BaseLearner
-from experiment_tables import head, line
+from experiment_methods import find_method, offline_steps
+from experiment_run import AUGMENTED, learner_of, paper_learning_rate, quiet_trainer
+from experiment_tables import PAPER, STEPS, head, line
 from in_memory import InMemory
-from tasks import Task, in_order
+from tasks import TASKS, Task, in_order
 
-CLASSES = {"vgg16": 10, "allcnnc": 10, "resnet18": 10, "squeezenet": 10, "wrn28_10": 100, "wrn16_8": 10}
+# The task of each model.
+LARGE = {
+    model: task for task, _, model in (row.partition("/") for row in PAPER["table1_final_test"]) if task in AUGMENTED
+}
 IMAGE = (3, 32, 32)
-STEPS, OFFLINE_STEPS = 10_000, 2_500
-RATE = 0.01
 
 
 class Stopwatch(L.Callback):
@@ -43,38 +44,25 @@ class Stopwatch(L.Callback):
             self.seconds += time.perf_counter()
 
 
-def step_seconds(model: str, method: str, options: argparse.Namespace) -> float:
-    """Return the seconds of a base step, with the meta step if the method has one."""
+def step_seconds(model: str, method: str, options: argparse.Namespace) -> tuple[float, int]:
+    """Return the seconds of a base step, with the meta step if the method has one, and how many steps its run has."""
     torch.manual_seed(0)
-    rows = 2 * options.batch_size
-    noise = InMemory(torch.randn(rows, *IMAGE), torch.randint(CLASSES[model], (rows,)))
-    task = Task("noise", "multiclass", noise, noise, noise, IMAGE, CLASSES[model])
-    if method == "baseline":
-        module: BaseLearner = BaseLearner(task, model, lambda step: RATE)
-    else:
-        config, _ = find_method(method).build(task.kind)
-        module = AdaptiveLearner(task, model, lambda step: RATE, adalfl=config)
+    rows, source = 2 * options.batch_size, TASKS[LARGE[model]]
+    noise = InMemory(torch.randn(rows, *IMAGE), torch.randint(source.outputs, (rows,)))
+    task = Task(LARGE[model], source.kind, noise, noise, noise, IMAGE, source.outputs)
+    rate = paper_learning_rate(task.kind)
+    module, init = learner_of(task, model, find_method(method), lambda step: rate)
     watch = Stopwatch()
-    trainer = L.Trainer(
-        max_epochs=-1,
-        max_steps=options.steps + 1,
-        callbacks=[watch],
-        accelerator=options.accelerator,
-        devices=1,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(options.steps + 1, [watch], options.accelerator)
     trainer.fit(module, in_order(noise, options.batch_size), in_order(noise, options.batch_size))
-    return watch.seconds / options.steps
+    # An offline step costs what a base step and its meta step do.
+    return watch.seconds / options.steps, STEPS + offline_steps(init)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line for each model as it is timed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(CLASSES), default=list(CLASSES))
+    parser.add_argument("--models", nargs="+", choices=list(LARGE), default=list(LARGE))
     parser.add_argument("--steps", type=int, default=3, help="that are timed, after one that is not")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
@@ -87,10 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few workers
         for model in options.models:
-            plain, adaptive = (step_seconds(model, method, options) for method in ("baseline", "adalfl"))
-            # An offline step costs what a base step and its meta step do.
-            hours = STEPS * plain / 3600, (OFFLINE_STEPS + STEPS) * adaptive / 3600
-            print(line([model, f"{plain:.2f}", f"{adaptive:.2f}", *(f"{h:.1f}" for h in hours)]), flush=True)
+            timed = [step_seconds(model, method, options) for method in ("baseline", "adalfl")]
+            seconds = [f"{each:.2f}" for each, _ in timed]
+            print(line([model, *seconds, *(f"{each * steps / 3600:.1f}" for each, steps in timed)]), flush=True)
 
 
 if __name__ == "__main__":
