@@ -305,6 +305,16 @@ def test_freezing_a_part_of_phi_moves_the_rest_by_name(part: str) -> None:
         assert not torch.equal(value, given.state_dict()[name])
 
 
+def test_a_part_of_phi_that_is_frozen_later_stays_and_the_rest_learns_on() -> None:
+    learner = MetaLearner(config())
+    run(learner, 6)
+    frozen = learner.loss.linear[1].weight.requires_grad_(False).detach().clone()
+    before = phi(learner)
+    run(learner, 6)
+    assert torch.equal(learner.loss.linear[1].weight, frozen)
+    assert all(not torch.equal(phi(learner)[f"linear.{k}.weight"], before[f"linear.{k}.weight"]) for k in (0, 2))
+
+
 # The task loss.
 
 

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_adalfl.adapter.lightning_private import loss_of
 from lightning_adalfl.adapter.online import OnlineRun
+from lightning_adalfl.adapter.user_step import depends
 from lightning_adalfl.learning.torch_private import version
 
 
@@ -47,7 +48,7 @@ class ManualRun(OnlineRun):
         if step.forwards and not any(p.grad is not None and p.grad.any() for p in step.parameters):
             step.clear()
         found = self._observer.found(is_certain=False) if self._observer.has_calls else None
-        if found is None or not found.reaches(loss):
+        if found is None or not depends(loss, found[0].outputs):
             backward(loss)
             return
         backward(self._descent(loss, found).loss)

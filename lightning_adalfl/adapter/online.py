@@ -146,16 +146,15 @@ class OnlineRun:
         return self.base_step.jvp if self.learner.is_due or is_first else None
 
     def _descent(self, loss: Tensor, found: Found) -> Descent:
+        predicted, recorded = found
         if not self._is_checked:
-            self.learner.check(found.predicted)
+            self.learner.check(predicted)
             self._is_checked = True
-        descent = self.learner.objective.descend(loss, found.predicted)
-        if found.recorded is None:
+        descent = self.learner.objective.descend(loss, predicted)
+        if recorded is None:
             self._unrecorded.append(descent)
         else:
-            self.base_step.forwards.append(
-                BaseForward(found.recorded, found.predicted, descent, instances=self.instances)
-            )
+            self.base_step.forwards.append(BaseForward(recorded, predicted, descent, instances=self.instances))
             own = {id(p) for p in self.base_step.parameters}
             others = [p for o in self.trainer.optimizers for g in o.param_groups for p in g["params"]]
             self._others = [(p, p.detach().clone()) for p in others if id(p) not in own and p.requires_grad]

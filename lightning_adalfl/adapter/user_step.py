@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lightning_adalfl.learning.jvp import JacobianProduct
 from lightning_adalfl.learning.recorded_forward import Predict, RandomState, RecordedForward, TorchState, Using
 from lightning_adalfl.learning.torch_private import graph_nodes, leaves_of_graph, map_tensors, tensors_in, version
 
+Found = tuple[Predicted, RecordedForward | None]
 _SAY_HOW = """Say how they are predicted, in a method of {name}:
 
     def adalfl_predict(self, batch):
@@ -26,24 +26,8 @@ _SAY_HOW = """Say how they are predicted, in a method of {name}:
 """
 
 
-@dataclass
-class Found:
-    """What a training step has predicted.
-
-    Attributes:
-        predicted: The predictions as a function of the outputs that the loss was computed from.
-        recorded: What an evaluation of these outputs needs, where it was asked for.
-    """
-
-    predicted: Predicted
-    recorded: RecordedForward | None
-
-    def reaches(self, loss: Tensor) -> bool:
-        """Return whether a loss was computed from the outputs."""
-        return _depends(loss, self.predicted.outputs)
-
-
-def _depends(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
+def depends(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Return whether a loss was computed from outputs."""
     wanted = {torch.autograd.graph.get_gradient_edge(o).node for o in outputs if o.requires_grad}
     return any(node in wanted for node in graph_nodes(loss))
 
@@ -133,7 +117,7 @@ class StepObserver:
         return bool(self._calls.calls)
 
     def found(self, loss: Tensor | None = None, is_certain: bool = True) -> Found | None:
-        """Return what was predicted.
+        """Return what was predicted, and what is needed to do so again, where that was asked for.
 
         Args:
             loss: Tells calls with the same input apart: those that it came from are meant.
@@ -167,7 +151,7 @@ class StepObserver:
             predictions = leaves[0]
         predicted = Predicted(outputs, leaves, predictions, target, *weight)
         self._is_first = False
-        return Found(predicted, self._recorded(answers, predicted, wanted) if self._start else None)
+        return predicted, self._recorded(answers, predicted, wanted) if self._start else None
 
     @contextmanager
     def state_kept(self) -> Iterator[None]:
@@ -218,7 +202,7 @@ class StepObserver:
         given = tensors_in((args, kwargs))
         same, loss = [c for c in left if list(map(id, c.inputs)) == list(map(id, given))], self._loss
         if len(same) > 1 and loss is not None:
-            same = [c for c in same if _depends(loss, tensors_in(c.output))] or same
+            same = [c for c in same if depends(loss, tensors_in(c.output))] or same
         known = same[0] if same else None
         if known is None and len(left) > 1:
             known = next((c for c in left if equal_tensors(c.inputs, given)), None)

@@ -151,11 +151,8 @@ class AdaLFLInit(Callback):
         return {
             "config": pl_module.adalfl.config.to_dict(),
             "module": type(pl_module).__qualname__,
-            "steps": self.steps,
-            "lr": self.lr,
-            "inner_steps": self.inner_steps,
-            "reset": self.reset,
             "seed": seed,
+            **{name: getattr(self, name) for name in ("steps", "lr", "inner_steps", "reset")},
         }
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:

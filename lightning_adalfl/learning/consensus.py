@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ _LOSS = 0.2  # the most that ℓ_φ loses at each look
 
 
 class Consensus:
-    """Keeps the learned loss where two halves of the held-out instances disagree, and takes it back.
+    """Tells when two halves of the held-out instances disagree, and takes the learned loss back then.
 
     Few instances can be learned by heart. What helps them alone helps one half of them and harms the other.
 
@@ -36,15 +35,6 @@ class Consensus:
             cosine = dot(one, other) / (dot(one, one) * dot(other, other)).sqrt()
             self.mean = _KEPT * self.mean.to(cosine) + (1 - _KEPT) * cosine.nan_to_num(0.0, 0.0, 0.0)
             if type(loss).scale_ is not LearnedLoss.scale_:
-                loss.scale_((1 + _LOSS * self.mean.clamp(max=0.0)).to(loss.dtype))
+                smaller = 1 + _LOSS * self.mean.clamp(max=0.0)
+                loss.scale_(torch.where(cosine.isfinite(), smaller, 1.0).to(loss.dtype))
         return self.mean
-
-    @contextmanager
-    def holding(self, phi: Mapping[str, Tensor]) -> Iterator[None]:
-        """Undo what the body does to φ, unless the halves agree."""
-        before = {name: p.detach().clone() for name, p in phi.items()}
-        yield
-        with torch.no_grad():
-            disagree = self.mean < 0
-            for name, p in phi.items():
-                p.copy_(torch.where(disagree.to(p.device), before[name], p))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -119,11 +119,15 @@ class Undo:
         self._before = {key: value.detach().clone() for key, value in self._tensors().items()}
 
     @torch.no_grad()
-    def unless(self, keep: Tensor) -> None:
-        """Put everything back where ``keep``, a scalar, is false; state that there was not yet is zero then."""
+    def unless(self, keep: Tensor, moves: Tensor, parameters: Iterable[Tensor]) -> None:
+        """Put everything back where ``keep``, a scalar, is false; state that there was not yet is zero then.
+
+        Put some parameters back where ``moves`` is false, too; their state goes on.
+        """
+        held = {(id(p), "") for p in parameters}
         for key, value in self._tensors().items():
-            before = self._before.get(key)
-            value.copy_(torch.where(keep, value, torch.zeros_like(value) if before is None else before))
+            before = self._before.get(key, torch.zeros_like(value))
+            value.copy_(torch.where(keep & moves if key in held else keep, value, before))
 
     def _tensors(self) -> dict[tuple[int, str], Tensor]:
         """Return parameters and state; counters of some optimizers lie on another device, and go on."""

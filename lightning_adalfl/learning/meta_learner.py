@@ -185,22 +185,22 @@ class MetaLearner:
             gradients["log_lr_scale"] = self.rate.gradient(found)
         if not gradients:
             return
-        size, undo = norm(list(gradients.values())), Undo(self._optimizer)
-        bent = self.objective.loss if isinstance(self.objective, BentLoss) else None
-        if bent is not None:
-            self._scalars["adalfl/consensus"] = self.consensus.look(found.loss, found.half, bent)
-        with self.consensus.holding({} if bent is None else bent.phi()):
-            for k in range(moves):
-                if k and self.loss is not None:
-                    gradients.update(found.at_present(all_reduce))
-                for name, gradient in gradients.items():
-                    learned[name].grad = gradient.to(learned[name])
-                self._optimizer.step()
-                self._optimizer.zero_grad()
-                self.objective.is_zero = self.loss is None
+        size, held = norm(list(gradients.values())), dict[str, Tensor]()
+        if isinstance(self.objective, BentLoss):
+            self._scalars["adalfl/consensus"] = self.consensus.look(found.loss, found.half, self.objective.loss)
+            held = self.objective.loss.phi()
+        undo = Undo(self._optimizer)
+        for k in range(moves):
+            if k and self.loss is not None:
+                gradients.update(found.at_present(all_reduce))
+            for name, gradient in gradients.items():
+                learned[name].grad = gradient.to(learned[name])
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self.objective.is_zero = self.loss is None
         moved = norm([p.detach() for p in learned.values()])
         is_finite = torch.isfinite(size + found.task_loss.to(size) + moved.to(size))
-        undo.unless(is_finite)
+        undo.unless(is_finite, (self.consensus.mean >= 0).to(is_finite.device), held.values())
         self.skipped = self.skipped.to(is_finite.device) + (~is_finite).float()
         self._scalars |= {"adalfl/meta_grad_norm": size, "adalfl/skipped_meta_steps": self.skipped}
 

@@ -16,8 +16,8 @@ KNOTS = 257
 _BETWEEN = KNOTS - 1
 # Where all classes share a loss its table stays small, and is made so fine that straight lines do: half the look-ups.
 _FINE = 16
-# A pair looked up costs about this part of one evaluated.
-_LOOKUP_COST = 0.1
+# A pair looked up costs about this part of one evaluated, and the table itself as much as so many.
+_LOOKUP_COST, _TABLE_COST = 0.1, 1_000
 
 
 @cache  # a copy from the processor would have an accelerator wait
@@ -39,7 +39,7 @@ def pair_gradient(loss: LearnedLoss, pairs: Pairs) -> OutputGradient:
     if pairs.is_binary and pairs.prediction.ndim > 1:
         outputs = pairs.prediction.shape[1]
         knots = KNOTS * (outputs**2 if loss.tells_apart(outputs) else 2)
-        if knots < (1.0 - _LOOKUP_COST) * pairs.prediction.numel():
+        if knots + _TABLE_COST < (1.0 - _LOOKUP_COST) * pairs.prediction.numel():
             return KnotGradient(loss, pairs)
     return loss.pair_gradient(pairs.prediction, pairs.target)
 

@@ -152,19 +152,22 @@ class NetworkGradient(OutputGradient):
 
     def __init__(self, loss: Any, prediction: Tensor, target: Tensor) -> None:
         self._loss = loss
-        self._pairs = prediction.detach(), target.detach()
-        self._p, self._y = map(rows_of, self._pairs)
+        self._like = prediction.detach()
+        self._p, self._y = rows_of(self._like), rows_of(target.detach())
         # One pass is kept for the second derivative; of several, each is taken again, so that memory does not grow.
         self._kept: _Pass | None = None
-        value = torch.empty_like(self._p)
-        with torch.no_grad():
-            for part, result in self._passes(value):
-                result.copy_(part.by_prediction())
-        self.value = pairs_of(value, prediction)
+        self.value = self._of_each(_Pass.by_prediction)
 
     def losses(self) -> Tensor:
         """Return them chunk by chunk."""
-        return evaluated(self._loss.pairwise, *self._pairs)
+        return self._of_each(_Pass.losses)
+
+    @torch.no_grad()
+    def _of_each(self, function: Callable[[_Pass], Tensor]) -> Tensor:
+        rows = torch.empty_like(self._p)
+        for part, result in self._passes(rows):
+            result.copy_(function(part))
+        return pairs_of(rows, self._like)
 
     def _passes(self, others: Tensor) -> Iterator[tuple[_Pass, Tensor]]:
         """Yield the passes through the chunks of the pairs, each with its part of ``others``."""
@@ -200,11 +203,16 @@ class _Pass:
             self._ds.append(ds)
             z = layer(a)
         self._ds.append(self._activation.slope(z))
+        self._z = z
         f = self._weights[-1]
         self._f, self._e = [f], [self._ds[-1] * f]
         for weight, ds in zip(reversed(self._weights[1:-1]), reversed(self._ds[:-1])):
             self._f.insert(0, self._e[0] @ weight)
             self._e.insert(0, ds * self._f[0])
+
+    def losses(self) -> Tensor:
+        """Return ℓ_φ, (R, C)."""
+        return self._loss.linear[-1](self._activation(self._z)).view_as(self._p) * (self._loss.unit * self._loss.spread)
 
     def by_prediction(self) -> Tensor:
         """Return the gradient by p, (R, C)."""
