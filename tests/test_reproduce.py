@@ -72,6 +72,18 @@ def test_every_method_trains_from_the_same_parameters(method: str, data: Path, m
     assert record["seconds"] > 0
 
 
+@pytest.mark.parametrize(("worst", "is_ended"), [(5e3, False), (1e7, True), (math.nan, True), (math.inf, True)])
+def test_a_run_ends_only_where_it_does_not_come_back(
+    worst: float, is_ended: bool, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few rows that are far off make an error of thousands, for a while."""
+    errors = iter([0.1] * 3 + [worst] * 3 + [0.2] * 9)
+    monkeypatch.setattr(experiment_run, "error", lambda *_: next(errors))
+    record = run(Job("diabetes", "mlp", "baseline", 0, 4, str(data), batch_size=16))
+    assert record["curve"]["step"] == ([1, 2] if is_ended else [1, 2, 3, 4])
+    assert record["test"] == (None if is_ended else 0.2)
+
+
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_every_row_of_an_ablation_runs(ablation: str, data: Path) -> None:
     for method in set(ABLATIONS[ablation]) - set(METHODS):

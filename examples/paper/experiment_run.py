@@ -30,7 +30,7 @@ RATE_POINTS = 200
 LOSS_POINTS = 8
 TRAINING_ROWS = 2_000  # that the training error is measured on
 LOSSES_KEPT = 2  # seeds whose learned losses are kept
-RUN_AWAY = 100.0  # a mean squared error of targets in [0, 1] from which no run comes back
+RUN_AWAY = 1e6  # a training error from which no run has come back; from 8, where few rows are far off, some have
 AUGMENTED = ("cifar10", "cifar100", "svhn")
 
 
@@ -169,7 +169,7 @@ class Recorder(L.Callback):
             point["implied_lr"] = None if rate is None else number(rate)
             for name, value in point.items():
                 self.curve[name].append(value)
-            if any(point[name] is None or point[name] > RUN_AWAY for name in ("train", "test")):
+            if point["train"] is None or point["train"] > RUN_AWAY:
                 trainer.should_stop = True
         self.seconds += time.process_time() - start  # looking is no part of learning
 
