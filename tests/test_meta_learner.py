@@ -323,11 +323,15 @@ def test_a_part_of_phi_that_is_frozen_later_stays_and_the_rest_learns_on() -> No
     [
         (
             lambda f, y: F.cross_entropy(f, y, reduction="none"),
-            r"must return a scalar, the mean over the batch; got \(16",
+            r"must return a scalar mean; got torch.Size\(\[16",
         ),
-        (lambda f, y: 0.5, "must return a scalar, the mean over the batch; got float"),
-        (lambda f, y: (f.argmax(1) == y).float().mean(), "`task_loss` cannot be differentiated: its value does not"),
+        (lambda f, y: 0.5, "must return a scalar mean; got float"),
+        (lambda f, y: (f.argmax(1) == y).float().mean(), "`task_loss` cannot be differentiated; leave out `argmax`"),
         (lambda f, y: F.cross_entropy(f.detach(), y), "`task_loss` cannot be differentiated"),
+        (
+            lambda f, y: F.cross_entropy(f, y, reduction="sum"),
+            r"must return a mean; got \S+, and \S+ for the batch twice. Divide the sum",
+        ),
     ],
 )
 def test_a_task_loss_that_cannot_be_used_is_refused_at_the_first_forward(task_loss: Any, message: str) -> None:
@@ -374,7 +378,7 @@ def test_weights_reach_the_task_loss() -> None:
     for weight in ([], [torch.ones(16)]):
         learner, (x, y) = MetaLearner(config(task_loss=weighted)), next(batches(1))
         learner.check(Predicted.direct(mlp()(x), y, *weight))
-    assert seen == [0, 1]
+    assert seen == [0, 0, 1]  # without weights the batch is tried twice over, too
 
 
 # What is not finite, and what is counted.

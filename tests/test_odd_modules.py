@@ -238,10 +238,10 @@ def test_outputs_of_another_shape_than_the_target_train_by_their_own_loss_and_sa
     [
         (
             lambda f, y: F.cross_entropy(f, y, reduction="none"),
-            r"must return a scalar, the mean over the batch; got \(16",
+            r"must return a scalar mean; got torch.Size\(\[16",
         ),
-        (lambda f, y: 1.0, "must return a scalar, the mean over the batch; got float"),
-        (lambda f, y: (f.argmax(1) != y).float().mean(), "cannot be differentiated.*Leave out `argmax`"),
+        (lambda f, y: 1.0, "must return a scalar mean; got float"),
+        (lambda f, y: (f.argmax(1) != y).float().mean(), "cannot be differentiated; leave out `argmax`"),
     ],
 )
 def test_a_task_loss_that_is_none_is_refused_before_the_first_step(tmp_path: Any, task_loss: Any, message: str) -> None:

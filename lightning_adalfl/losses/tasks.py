@@ -284,17 +284,17 @@ def _check_kind(predictions: Tensor, target: Tensor) -> None:
         raise ValueError(f"`predictions` must hold at least one instance; got shape {tuple(predictions.shape)}.")
 
 
-def check_task_loss(
-    task_loss: Callable[..., Tensor], predictions: Tensor, target: Tensor, weight: Tensor | None
-) -> None:
-    """Raise a ``ValueError`` unless the task loss of a first batch is a scalar that can be differentiated."""
+def check_task_loss(task_loss: Callable[..., Tensor], f: Tensor, y: Tensor, weight: Tensor | None) -> None:
+    """Raise a ``ValueError`` unless the task loss of a first batch is a mean that can be differentiated."""
     with torch.enable_grad():
-        value = task_loss(predictions.detach().requires_grad_(), target, *([] if weight is None else [weight]))
+        value = task_loss(f.detach().requires_grad_(), y, *([] if weight is None else [weight]))
     if not isinstance(value, Tensor) or value.numel() != 1:
-        kind = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"`task_loss` must return a scalar, the mean over the batch; got {kind}.")
+        raise ValueError(f"`task_loss` must return a scalar mean; got {getattr(value, 'shape', type(value).__name__)}.")
     if not value.requires_grad:
-        raise ValueError(
-            "`task_loss` cannot be differentiated: its value does not depend on the predictions by operations that "
-            "torch differentiates. Leave out `argmax`, rounding, `detach` and NumPy."
-        )
+        raise ValueError("`task_loss` cannot be differentiated; leave out `argmax`, rounding, `detach` and NumPy.")
+    if weight is None:
+        one, two = float(value.detach()), float(task_loss(torch.cat([f, f]).detach(), torch.cat([y, y])).detach())
+        if one and math.isclose(two, 2 * one, rel_tol=1e-3):
+            raise ValueError(
+                f"`task_loss` must return a mean; got {one:.4g}, and {two:.4g} for the batch twice. Divide the sum."
+            )
