@@ -124,10 +124,10 @@ class Undo:
 
         Put some parameters back where ``moves`` is false, too; their state goes on.
         """
-        held = {(id(p), "") for p in parameters}
+        held, moves = {(id(p), "") for p in parameters}, keep & moves
         for key, value in self._tensors().items():
-            before = self._before.get(key, torch.zeros_like(value))
-            value.copy_(torch.where(keep & moves if key in held else keep, value, before))
+            before = self._before[key] if key in self._before else torch.zeros_like(value)
+            value.copy_(torch.where(moves if key in held else keep, value, before))
 
     def _tensors(self) -> dict[tuple[int, str], Tensor]:
         """Return parameters and state; counters of some optimizers lie on another device, and go on."""
