@@ -152,22 +152,22 @@ class NetworkGradient(OutputGradient):
 
     def __init__(self, loss: Any, prediction: Tensor, target: Tensor) -> None:
         self._loss = loss
-        self._like = prediction.detach()
-        self._p, self._y = rows_of(self._like), rows_of(target.detach())
+        self._pairs = prediction.detach(), target.detach()
+        self._p, self._y = map(rows_of, self._pairs)
         # One pass is kept for the second derivative; of several, each is taken again, so that memory does not grow.
         self._kept: _Pass | None = None
-        self.value = self._of_each(_Pass.by_prediction)
-
-    def losses(self) -> Tensor:
-        """Return them chunk by chunk."""
-        return self._of_each(_Pass.losses)
+        value = torch.empty_like(self._p)
+        with torch.no_grad():
+            for part, result in self._passes(value):
+                result.copy_(part.by_prediction())
+        self.value = pairs_of(value, prediction)
 
     @torch.no_grad()
-    def _of_each(self, function: Callable[[_Pass], Tensor]) -> Tensor:
-        rows = torch.empty_like(self._p)
-        for part, result in self._passes(rows):
-            result.copy_(function(part))
-        return pairs_of(rows, self._like)
+    def losses(self) -> Tensor:
+        """Return them from the pass that was kept, or chunk by chunk, without derivatives."""
+        if self._kept is None:
+            return evaluated(self._loss.pairwise, *self._pairs)
+        return pairs_of(self._kept.losses(), self._pairs[0])
 
     def _passes(self, others: Tensor) -> Iterator[tuple[_Pass, Tensor]]:
         """Yield the passes through the chunks of the pairs, each with its part of ``others``."""
