@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contaminated_tasks import CLASSES, Loss, Task, pinball
+from contaminated_tasks import CLASSES, Loss, Task, mlp, pinball
 from meta_rivals import gold_loss_correction, label_correction, meta_weight_net
 from rate_rivals import mechanic, prodigy, schedule_free_adamw, schedule_free_sgd
 from torch import Tensor
 from training import Run
 
-from lightning_adalfl import AdaLFLConfig, MetaLearner
+from lightning_adalfl import AdaLFLConfig, LossHistory, MetaLearner
 
 BOTH = ("multiclass", "regression")
+OTHER_ROWS = 1000  # from a seed to that of a recording
 PAPER, TUNED = "_paper", "_tuned"  # how the names of a pair of clean tasks end
 
 
@@ -64,11 +65,30 @@ def ours(run: Run, **changes: Any) -> None:
     learn(run, learner)
 
 
-def learn(run: Run, learner: MetaLearner) -> None:
-    """Train with a learner, as the mixin does."""
+def replayed(run: Run) -> None:
+    """Replay the losses that a network of two hidden layers of 32 has learned on other rows, with trusted rows there.
+
+    The other rows are wrong in the same way. Its own trusted rows have no part.
+    """
+    seed, outputs = run.seed + OTHER_ROWS, 1 if run.task.kind == "regression" else CLASSES
+    data = run.task.draw(seed)
+    narrow = replace(run.task, build=partial(mlp, data.train[0][0].numel(), 32, 32, outputs))
+    trusted = tuple(part[: len(run.trusted[1])] for part in data.trusted)
+    recording = Run(narrow, data.train, trusted, {}, trusted, seed, run.steps)  # type: ignore[arg-type]
+    history = LossHistory(every_n_steps=max(1, run.steps // 60))
+    learn(recording, MetaLearner(AdaLFLConfig(run.task.kind)), history)
+    learn(run, MetaLearner(AdaLFLConfig(run.task.kind, meta_every=None)), history)
+
+
+def learn(run: Run, learner: MetaLearner, history: LossHistory | None = None) -> None:
+    """Train with a learner, as the mixin does; keep its losses in a history, or take them from it if it learns none."""
     batches, held_out = run.batches(run.train), run.batches(run.trusted, stream=1)
     step = learner.new_base_step(run.model, run.optimizer)
     while run.step < run.steps:
+        if history is not None and learner.config.meta_every is None:
+            learner.set_phi(history.at(run.step))
+        elif history is not None and history.is_due(run.step):
+            history.append(run.step, learner.loss)  # type: ignore[arg-type]
         predictions, target = step.forward(next(batches))
         run.optimizer.zero_grad()
         step.descend(learner.objective, run.task.own_loss(predictions, target)).backward()
@@ -221,6 +241,7 @@ METHODS: dict[str, Method] = {
     "mwn": Method("Meta-Weight-Net", partial(by_meta_gradient, train=meta_weight_net)),
     "emlc": Method("EMLC's label correction", partial(by_meta_gradient, train=label_correction), CLASSES_ONLY),
     "glc": Method("gold loss correction", gold_loss_correction, CLASSES_ONLY),
+    "replayed": Method("a loss of another run, replayed", replayed, groups=("regression", "classification")),
     "both": Method('the library, `learn="both"`', partial(ours, learn="both"), **_CLEAN),
     "lr": Method('the library, `learn="lr"`', partial(ours, learn="lr"), **_CLEAN),
     "prodigy": Method("Prodigy", prodigy, **_RATE),
