@@ -147,16 +147,19 @@ def test_a_kept_result_is_used_unless_it_was_overwritten(function: Function) -> 
 
 
 def test_cheap_results_are_kept_up_to_a_limit() -> None:
-    """A costly result is always kept; of cheaper ones, a hundred megabytes are too many."""
-    megabyte = torch.zeros(2**18)
-    tape = PrimalTape()
+    """A costly result is always kept; of cheaper ones, a hundred megabytes are too many, if nobody else has them."""
+    tape, alive = PrimalTape(), torch.zeros(2**18)
     for multiplications in (100, 10**5):
         for _ in range(100):
-            tape.keep(megabyte, multiplications)
+            tape.keep(torch.zeros(2**18), multiplications)
+    tape.keep(alive, 1)
     cheap = [tape.take() is not None for _ in range(100)]
     assert cheap == sorted(cheap, reverse=True)
     assert 0 < sum(cheap) <= 64
     assert all(tape.take() is not None for _ in range(100))
+    found = tape.take()
+    assert found is not None
+    assert found.data_ptr() == alive.data_ptr()
     # Beyond its end, as after a forward that went another way, there is nothing.
     assert tape.take() is None
 

@@ -89,7 +89,7 @@ def test_no_value_is_driven_away_from_its_target(size: float) -> None:
     assert not applied[turned].any()
     torch.testing.assert_close(found, applied, rtol=1e-12, atol=1e-15)
     further = torch.where(turned, (f - y).detach().sign(), torch.zeros_like(f))
-    assert not any(v.any() for v in descent.vjp([further]).values())
+    assert not any(v.any() for v in descent.vjp([further.clone()]).values())
     assert any(v.any() for v in descent.vjp([-further]).values())
 
 
@@ -238,6 +238,22 @@ def test_predictions_are_pulled_and_pushed_through_what_makes_them() -> None:
     torch.testing.assert_close(pushed, expected)
     left = sum((p * t).sum().double() for p, t in zip(pulled, tangents))
     torch.testing.assert_close(left, (pushed * gradient).sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_an_output_spreads_to_many_predictions_can_be_written_to_when_it_is_pushed() -> None:
+    leaf, tangent = torch.randn(5, 1, requires_grad=True), torch.randn(5, 1)
+    predicted = Predicted([leaf * 1], [leaf], leaf.expand(5, 3), torch.zeros(5, dtype=torch.long))
+    torch.testing.assert_close(predicted.pushed([tangent]).mul_(2.0), 2 * tangent.expand(5, 3))
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_evidence_is_the_difference_of_the_slopes_along_h(factor: float) -> None:
+    loss, f, y = problem("multiclass")
+    descent, _ = descended(BentLoss(loss), own_loss(loss, f, y), Predicted.direct(f, y), factor)
+    h = torch.randn_like(f)
+    expected = ((descent.own[0] - descent.applied()[0]) * h).sum()
+    assert expected != 0
+    torch.testing.assert_close(descent.evidence([h]), expected)
 
 
 def test_each_output_keeps_its_own_length() -> None:

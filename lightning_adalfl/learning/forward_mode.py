@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -33,7 +34,7 @@ from lightning_adalfl.learning.torch_private import (
     weight_norm,
 )
 
-# A result that took fewer multiplications a value is cheaper to compute again than to keep in memory ...
+# A result of fewer multiplications a value is computed again, if nobody else keeps it as one does predictions ...
 KEEP_FROM_MULTIPLICATIONS = 768
 # ... unless the model is small: a tape takes results of so many as long as it is not larger than this.
 SMALL_FROM_MULTIPLICATIONS = 64
@@ -118,25 +119,24 @@ class PrimalTape:
     """The results of the base forward's costly functions, in the order of their calls; ``next`` is taken next."""
 
     def __init__(self) -> None:
-        self._results: list[tuple[Tensor, int] | None] = []
+        self._results: list[tuple[Tensor | weakref.ref[Tensor], int]] = []
         self.next = 0
         self._bytes = 0
 
     def keep(self, result: Tensor, multiplications: int) -> None:
-        """Append a result that took so many multiplications a value, if it is worth its memory."""
+        """Append a result that took so many multiplications a value; hold on to it if it is worth its memory."""
         size = self._bytes + result.numel() * result.element_size()
         is_small = size <= SMALL_BYTES and multiplications >= SMALL_FROM_MULTIPLICATIONS
-        if is_small or multiplications >= KEEP_FROM_MULTIPLICATIONS:
-            self._bytes = size
-            self._results.append((result.detach(), version(result)))
-        else:
-            self._results.append(None)
+        is_worth_it = is_small or multiplications >= KEEP_FROM_MULTIPLICATIONS
+        self._bytes = size if is_worth_it else self._bytes
+        self._results.append((result.detach() if is_worth_it else weakref.ref(result), version(result)))
 
     def take(self) -> Tensor | None:
-        """Return the next result, or ``None`` if it was not kept or was overwritten in place since."""
-        entry = self._results[self.next] if self.next < len(self._results) else None
+        """Return the next result, or ``None`` if it is gone or was overwritten in place since."""
+        found, then = self._results[self.next] if self.next < len(self._results) else (None, 0)
         self.next += 1
-        return None if entry is None or version(entry[0]) != entry[1] else entry[0]
+        result = found() if isinstance(found, weakref.ref) else found
+        return None if result is None or version(result) != then else result.detach()
 
 
 class _RecordPrimals(TorchFunctionMode):

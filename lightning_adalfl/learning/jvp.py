@@ -167,13 +167,15 @@ class ShardedModel(Model):
         self, function: Callable[[], T], buffers: Mapping[str, Tensor], values: Mapping[int, Tensor] | None = None
     ) -> T:
         """Run it with values of θ put into the parameters, and back."""
-        chosen = [] if values is None else here([self._parameters[i] for i in values])
-        now = [p.detach().clone() for p in chosen]
+        chosen = [p.detach() for p in here([self._parameters[i] for i in values or ()])]
+        now = [p.clone() for p in chosen]
         try:
-            _fill(chosen, here([] if values is None else list(values.values())))
+            for p, value in zip(chosen, here(list((values or {}).values()))):
+                p.copy_(value.detach())
             return super().run(function, buffers)
         finally:
-            _fill(chosen, now)
+            for p, value in zip(chosen, now):
+                p.copy_(value)
 
     def gradients(self, loss: Tensor, parameters: Sequence[Tensor], again: bool = False) -> Sequence[Tensor | None]:
         """Return the gradients, averaged over processes as those of a base step."""
@@ -186,9 +188,3 @@ class ShardedModel(Model):
         finally:
             for p, gradient in known:
                 p.grad = gradient
-
-
-@torch.no_grad()
-def _fill(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for tensor, value in zip(tensors, values):
-        tensor.copy_(value)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_adalfl.losses.knots import pair_gradient
 from lightning_adalfl.losses.learned_loss import LearnedLoss, without_autocast
@@ -34,7 +36,8 @@ class Predicted:
     ) -> None:
         self.outputs, self.leaves = list(outputs), list(leaves)
         self.predictions, self.target, self.weight = predictions, target, weight
-        self._transposed: tuple[Tensor, list[Tensor]] | None = None
+        self.is_direct = predictions is leaves[0]  # P is the identity
+        self._transposed: tuple[Tensor, Sequence[Tensor]] | None = None
 
     @classmethod
     def direct(cls, predictions: Tensor, target: Tensor, weight: Tensor | None = None) -> Predicted:
@@ -45,27 +48,23 @@ class Predicted:
     def pulled(self, gradient: Tensor) -> list[Tensor]:
         """Return ``P'ᵀ gradient``, one tensor for each output."""
         gradient = gradient.to(self.predictions.dtype)
-        if self.predictions is self.leaves[0]:
+        if self.is_direct:
             return [gradient]
         return list(torch.autograd.grad(self.predictions, self.leaves, gradient, retain_graph=True))
 
     def pushed(self, tangents: Sequence[Tensor]) -> Tensor:
-        """Return ``P' tangents``, of the shape of the predictions."""
-        if self.predictions is self.leaves[0]:
+        """Return ``P' tangents``, of the shape of the predictions; these are given away."""
+        if self.is_direct:
             return tangents[0]
-        vector, pulled = self._linear()
-        weights = [t.to(p.dtype) for t, p in zip(tangents, pulled)]
-        (pushed,) = torch.autograd.grad(pulled, vector, weights, retain_graph=True)
-        return pushed
-
-    def _linear(self) -> tuple[Tensor, list[Tensor]]:
         # The transpose of a vector-Jacobian product, which is linear in the vector, is a Jacobian-vector product.
         if self._transposed is None:
             with torch.enable_grad():
-                vector = torch.zeros_like(self.predictions).requires_grad_()
-                pulled = torch.autograd.grad(self.predictions, self.leaves, vector, create_graph=True)
-            self._transposed = (vector, list(pulled))
-        return self._transposed
+                start = torch.zeros_like(self.predictions).requires_grad_()
+                self._transposed = start, torch.autograd.grad(self.predictions, self.leaves, start, create_graph=True)
+        vector, pulled = self._transposed
+        weights = [t.to(p.dtype) for t, p in zip(tangents, pulled)]
+        (pushed,) = torch.autograd.grad(pulled, vector, weights, retain_graph=True)
+        return pushed.contiguous()  # it may be an expanded one
 
 
 class LearnedGradient:
@@ -102,9 +101,9 @@ class LearnedGradient:
             return (self._gradient.losses() * self._weight).sum()
 
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
-        """Return ``∂/∂φ ⟨value, tangent⟩``."""
+        """Return ``∂/∂φ ⟨value, tangent⟩``; the tangent is overwritten, since of many outputs each copy is felt."""
         with without_autocast(tangent.device), torch.no_grad():
-            at_pairs = self._loss.pairing.link_vjp_(self._pairs.prediction, tangent.to(self._weight.dtype, copy=True))
+            at_pairs = self._loss.pairing.link_vjp_(self._pairs.prediction, tangent.to(self._weight.dtype))
             return self._gradient.vjp(at_pairs.mul_(self._weight))
 
 
@@ -180,7 +179,7 @@ class Descent(ABC):
 
     @abstractmethod
     def vjp(self, tangents: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return ``∂/∂φ ⟨m, tangents⟩`` at the φ of the last :meth:`refresh`."""
+        """Return ``∂/∂φ ⟨m, tangents⟩`` at the φ of the last :meth:`refresh`; the tangents are overwritten."""
 
     def value(self) -> Tensor:
         """Return the value of what is descended, the learned loss included."""
@@ -192,8 +191,7 @@ class Descent(ABC):
 
     def evidence(self, tangents: Sequence[Tensor]) -> Tensor:
         """Return ``⟨τ, h⟩ - ⟨m, h⟩``: to first order, how much lower the held-out loss is for the bend."""
-        differences = [((tau - m) * h.to(m.dtype)).sum() for tau, m, h in zip(self.own, self.applied(), tangents)]
-        return torch.stack(differences).sum()
+        return self.k.new_zeros(())
 
     def influence(self, tangents: Sequence[Tensor]) -> Tensor:
         """Return ``τ_i · h_i`` of each row of the outputs, (N,): how the held-out loss answers to its weight.
@@ -213,11 +211,32 @@ class Descent(ABC):
         return torch.stack(parts).sum(0)
 
 
+class KnownGradient(torch.autograd.Function):
+    """A scalar whose value and derivatives have been computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *gradients_and_outputs: Tensor) -> Tensor:
+        """Return the value; so many gradients come first, then as many outputs."""
+        ctx.save_for_backward(*gradients_and_outputs[:count])
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients by the outputs."""
+        scaled = [(m.to(precise(m)) * gradient).to(m.dtype) for m in ctx.saved_tensors]
+        return (None, None, *[None] * len(scaled), *scaled)
+
+
 def ratio(m: Sequence[Tensor], tau: Sequence[Tensor]) -> Tensor:
     """Return ``⟨m, τ⟩ / ⟨τ, τ⟩`` over lists of tensors."""
-    along = torch.stack([(a * b).sum() for a, b in zip(m, tau)]).sum()
-    size = torch.stack([b.square().sum() for b in tau]).sum()
-    return along / size.clamp_min(torch.finfo(size.dtype).tiny)
+    size = inner(tau, tau)
+    return inner(m, tau) / size.clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def inner(a: Iterable[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Return ``⟨a, b⟩`` over lists of tensors, in the precision of the first."""
+    return torch.stack([x.reshape(-1).dot(y.to(x.dtype).reshape(-1)) for x, y in zip(a, b)]).sum()
 
 
 def precise(tensor: Tensor) -> torch.dtype:

@@ -18,6 +18,7 @@ _BETWEEN = KNOTS - 1
 _FINE = 16
 # A pair looked up costs about this part of one evaluated, and the table itself as much as so many.
 _LOOKUP_COST, _TABLE_COST = 0.1, 1_000
+_LANES = 4
 
 
 @cache  # a copy from the processor would have an accelerator wait
@@ -59,8 +60,7 @@ class KnotGradient(OutputGradient):
         self._pairs, p = pairs, pairs.prediction.detach()
         # What fits the cache of a processor is fastest there; an accelerator wants larger pieces.
         self._chunk = 1 << (15 if p.device.type == "cpu" else 22)
-        classes = p.shape[1]
-        self._classes = classes if loss.tells_apart(classes) else None
+        self._classes = p.shape[1] if loss.tells_apart(p.shape[1]) else None
         self._knots = _knots_of(loss, self._classes, p)
         self.value = self._looked_up(self._knots.table.detach())
 
@@ -70,70 +70,71 @@ class KnotGradient(OutputGradient):
 
     def _looked_up(self, table: Tensor) -> Tensor:
         """Return at the pairs what is known at the knots."""
-        pairs, p = self._pairs, self._pairs.prediction.detach()
-        if self._classes is not None:
-            return self._at(table, p, self._pairs_of_classes())
-        if pairs.labels is None:
-            return self._at(table, p, pairs.target.int() * self._knots.pieces)
-        labels = pairs.labels.unsqueeze(1)
-        of_label = self._at(table, p.gather(1, labels), None, function=1)
-        return self._at(table, p, None).scatter_(1, labels, of_label)
+        labels, p = self._labels(), self._pairs.prediction.detach()
+        if labels is None:
+            return self._at(table, p, self._starts())
+        of_label = self._at(table, p.gather(1, labels), self._knots.pieces)
+        return self._at(table, p, 0).scatter_(1, labels, of_label)
 
-    def _pairs_of_classes(self) -> Tensor:
-        """Return where the functions of the pairs of classes begin, of the shape of the pairs."""
-        pairs, classes = self._pairs, self._pairs.prediction.shape[1]
+    def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
+        """Return ``∂/∂φ Σ_i tangent_i · value_i``; the tangent is overwritten."""
+        labels, p, moments = self._labels(), self._pairs.prediction.detach(), torch.zeros_like(self._knots.table)
+        if labels is None:
+            self._spread(moments, p, tangent, self._starts())
+        else:
+            self._spread(moments, p.gather(1, labels), tangent.gather(1, labels), self._knots.pieces)
+            self._spread(moments, p, tangent.scatter_(1, labels, 0.0), 0)
+        return self._knots.vjp(moments)
+
+    def _labels(self) -> Tensor | None:
+        """Return the labels, (N, 1, ...), where one output of each instance has another function than all others."""
+        labels = self._pairs.labels
+        return None if labels is None or self._classes is not None else labels.unsqueeze(1)
+
+    def _starts(self) -> Tensor:
+        """Return where each pair's function begins in the table, of the shape of the pairs."""
+        pairs, classes = self._pairs, self._classes
+        if classes is None:
+            return pairs.target.int() * self._knots.pieces
         labels = pairs.target.argmax(1) if pairs.labels is None else pairs.labels
         outputs = torch.arange(classes, device=labels.device).view(1, -1, *[1] * (labels.ndim - 1))
         return (labels.unsqueeze(1) * classes + outputs) * self._knots.pieces
 
-    def _chunks(
-        self, p: Tensor, starts: Tensor | None, other: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    def _chunks(self, p: Tensor, starts: Tensor | int, other: Tensor) -> Iterator[tuple[Tensor, Tensor | int, Tensor]]:
         parts = p.reshape(-1).split(self._chunk)
-        begins = [None] * len(parts) if starts is None else starts.reshape(-1).split(self._chunk)
+        begins = [starts] * len(parts) if isinstance(starts, int) else starts.reshape(-1).split(self._chunk)
         return zip(parts, begins, other.reshape(-1).split(self._chunk))
 
-    def _places(self, p: Tensor, starts: Tensor | None, function: int) -> tuple[Tensor, Tensor]:
+    def _places(self, p: Tensor, start: Tensor | int) -> tuple[Tensor, Tensor]:
         """Return in which piece of the table a probability lies, and where in it, in [0, 1]."""
         x = p * self._knots.pieces
         piece = x.int().clamp_(0, self._knots.pieces - 1)  # half as wide as a long one
         u = x.sub_(piece)
-        if starts is not None:
-            piece += starts
-        return piece.add_(function * self._knots.pieces) if function else piece, u
+        return piece if isinstance(start, int) and start == 0 else piece.add_(start), u
 
-    def _at(self, table: Tensor, p: Tensor, starts: Tensor | None, function: int = 0) -> Tensor:
+    def _at(self, table: Tensor, p: Tensor, starts: Tensor | int) -> Tensor:
         value = torch.empty_like(p, memory_format=torch.contiguous_format)
         highest, *lower = table.flip(0)
-        for part, begin, into in self._chunks(p, starts, value):
-            piece, u = self._places(part, begin, function)
+        for part, start, into in self._chunks(p, starts, value):
+            piece, u = self._places(part, start)
             torch.index_select(highest, 0, piece, out=into)
             for coefficients in lower:
                 torch.addcmul(coefficients.index_select(0, piece), into, u, out=into)
         return value
 
-    def _spread(self, moments: Tensor, p: Tensor, tangent: Tensor, starts: Tensor | None, function: int = 0) -> None:
+    def _spread(self, moments: Tensor, p: Tensor, tangent: Tensor, starts: Tensor | int) -> None:
         """Add the tangents to the coefficients that they meet."""
-        for part, begin, weight in self._chunks(p, starts, tangent):
-            piece, u = self._places(part, begin, function)
-            piece = piece.long()  # which `scatter_add_` asks for
-            for power, row in enumerate(moments):
+        # Most probabilities are near zero: in one place each would wait until the one before it is added.
+        lanes, size = _LANES if self._classes is None else 1, moments.shape[1]
+        sums = moments.new_zeros(len(moments), lanes, size)
+        lane = torch.arange(min(self._chunk, p.numel()), dtype=torch.int32, device=p.device).remainder_(lanes) * size
+        for part, start, weight in self._chunks(p, starts, tangent):
+            piece, u = self._places(part, start)
+            piece = piece.add_(lane[: len(piece)]).long()  # which `scatter_add_` asks for
+            for power, row in enumerate(sums.flatten(1)):
                 weight = weight * u if power else weight
                 row.scatter_add_(0, piece, weight)
-
-    def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
-        """Return ``∂/∂φ Σ_i tangent_i · value_i``."""
-        pairs, p, moments = self._pairs, self._pairs.prediction.detach(), torch.zeros_like(self._knots.table)
-        if self._classes is not None:
-            self._spread(moments, p, tangent, self._pairs_of_classes())
-        elif pairs.labels is not None:
-            labels = pairs.labels.unsqueeze(1)
-            of_label = tangent.gather(1, labels)
-            self._spread(moments, p, tangent.scatter(1, labels, 0.0), None)
-            self._spread(moments, p.gather(1, labels), of_label, None, function=1)
-        else:
-            self._spread(moments, p, tangent, pairs.target.int() * self._knots.pieces)
-        return self._knots.vjp(moments)
+        moments += sums.sum(1)
 
 
 class _Knots:
@@ -160,7 +161,8 @@ class _Knots:
     def table_of(self, at_knots: Tensor) -> Tensor:
         """Return of each function and piece the coefficients, (degree + 1, functions · pieces)."""
         values = at_knots.view(-1, KNOTS, at_knots.shape[1]).transpose(1, 2).reshape(-1, KNOTS)
-        ends = [_beyond(*end.split(1, dim=1)) for end in (values[:, :4], values[:, -4:].flip(1))]
+        # What the cubic through the four knots at either end has one knot beyond them.
+        ends = [4 * (e[:, :1] + e[:, 2:3]) - 6 * e[:, 1:2] - e[:, 3:] for e in (values[:, :4], values[:, -4:].flip(1))]
         knots = torch.cat([ends[0], values, ends[1]], dim=1).unfold(1, 4, 1)
         basis = _basis(self.pieces // _BETWEEN, values.dtype, values.device)
         return torch.einsum("fwq,rkq->kfwr", knots, basis).reshape(basis.shape[1], -1)
@@ -180,8 +182,3 @@ def _knots_of(loss: LearnedLoss, classes: int | None, p: Tensor) -> _Knots:
     if loss.known is None or loss.known.state != state:
         loss.known = _Knots(loss, classes, p, state)
     return loss.known
-
-
-def _beyond(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """Return what the cubic through four knots has one knot before the first."""
-    return 4 * (a + c) - 6 * b - d

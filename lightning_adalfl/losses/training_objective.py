@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_adalfl.files import PathLike
-from lightning_adalfl.losses.descent import Descent, LearnedGradient, Predicted, precise, ratio
+from lightning_adalfl.losses.descent import Descent, KnownGradient, LearnedGradient, Predicted, inner, precise, ratio
 from lightning_adalfl.losses.learned_loss import LearnedLoss
 from lightning_adalfl.losses.tasks import Task
 
@@ -157,7 +156,9 @@ class _BentDescent(Descent):
         if i not in self._known:
             slope = self._slope(i)
             # In place, and without the slow `where`: of many outputs each pass and each new tensor is felt.
-            bent = slope.clone() if self._rho is None else torch.addcmul(slope, self._rho[i].to(slope.dtype), self.k)
+            rho = None if self._rho is None else self._rho[i].to(slope.dtype)
+            room = rho if self.predicted.is_direct else None  # else autograd's, which may be another's too
+            bent = slope.clone() if rho is None else torch.addcmul(slope, rho, self.k, out=room)
             own, length = slope.norm(), bent.norm()
             is_finite = length < torch.inf
             if self._learned_loss.task == "regression":
@@ -178,12 +179,15 @@ class _BentDescent(Descent):
             m, c, is_finite = self._parts(i)
             h, rows = h.to(m.dtype), m.reshape(-1)
             along = rows.dot(h.reshape(-1)) / rows.dot(rows).clamp_min(torch.finfo(m.dtype).tiny)
-            # c (h - ⟨m, h⟩ m / ⟨m, m⟩) where the slope was shortened, else h.
-            by_bent = (h * c).addcmul_(m, torch.where(c < 1, c * along, 0.0), value=-1.0)
             if self._learned_loss.task == "regression":  # what was stopped may only go back
                 is_finite = is_finite & ((m != 0) | (self._slope(i).sign() * h <= 0))
+            # c (h - ⟨m, h⟩ m / ⟨m, m⟩) where the slope was shortened, else h.
+            by_bent = h.mul_(c).addcmul_(m, torch.where(c < 1, c * along, 0.0), value=-1.0)
             through.append(by_bent.masked_fill_(~is_finite, 0.0))
         return learned.vjp(self.predicted.pushed(through))
+
+    def evidence(self, tangents: Sequence[Tensor]) -> Tensor:
+        return inner((self._slope(i) - self._parts(i)[0] for i in range(len(tangents))), tangents) / self.k
 
     def value(self) -> Tensor:
         return self.loss.detach() if self._learned is None else self.loss.detach() + self._learned.loss()
@@ -210,7 +214,7 @@ class _AloneDescent(Descent):
         self._learned = LearnedGradient(learned_loss, predicted, by_outputs=True)
         self._m = predicted.pulled(self._learned.value)
         known = [*self._m, *predicted.outputs]
-        super().__init__(_KnownGradient.apply(self._learned.loss(), len(self._m), *known), predicted)
+        super().__init__(KnownGradient.apply(self._learned.loss(), len(self._m), *known), predicted)
 
     def refresh(self) -> None:
         self._learned.refresh()
@@ -228,22 +232,6 @@ class _AloneDescent(Descent):
             leaf = predicted.predictions.detach().to(loss.dtype).requires_grad_()
             (tau,) = torch.autograd.grad(loss.pairing.loss(leaf, predicted.target, predicted.weight), leaf)
         return ratio([self._learned.value], [tau])
-
-
-class _KnownGradient(torch.autograd.Function):
-    """A scalar whose value and derivatives have been computed already."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, count: int, *gradients_and_outputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients_and_outputs[:count])
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        known = ctx.saved_tensors
-        scaled = [(m.to(precise(m)) * gradient).to(m.dtype) for m in known]
-        return (None, None, *[None] * len(known), *scaled)
 
 
 def _gradient(loss: BatchLoss, predictions: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
