@@ -78,13 +78,15 @@ class KnotGradient(OutputGradient):
 
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ Σ_i tangent_i · value_i``; the tangent is overwritten."""
-        labels, p, moments = self._labels(), self._pairs.prediction.detach(), torch.zeros_like(self._knots.table)
+        labels, p, table = self._labels(), self._pairs.prediction.detach(), self._knots.table
+        # Most probabilities are near zero: in one place each would wait until the one before it is added.
+        moments = table.new_zeros(len(table), _LANES if self._classes is None else 1, table.shape[1])
         if labels is None:
             self._spread(moments, p, tangent, self._starts())
         else:
             self._spread(moments, p.gather(1, labels), tangent.gather(1, labels), self._knots.pieces)
             self._spread(moments, p, tangent.scatter_(1, labels, 0.0), 0)
-        return self._knots.vjp(moments)
+        return self._knots.vjp(moments.sum(1))
 
     def _labels(self) -> Tensor | None:
         """Return the labels, (N, 1, ...), where one output of each instance has another function than all others."""
@@ -123,18 +125,15 @@ class KnotGradient(OutputGradient):
         return value
 
     def _spread(self, moments: Tensor, p: Tensor, tangent: Tensor, starts: Tensor | int) -> None:
-        """Add the tangents to the coefficients that they meet."""
-        # Most probabilities are near zero: in one place each would wait until the one before it is added.
-        lanes, size = _LANES if self._classes is None else 1, moments.shape[1]
-        sums = moments.new_zeros(len(moments), lanes, size)
+        """Add the tangents to the coefficients that they meet, in one lane after the other."""
+        _, lanes, size = moments.shape
         lane = torch.arange(min(self._chunk, p.numel()), dtype=torch.int32, device=p.device).remainder_(lanes) * size
         for part, start, weight in self._chunks(p, starts, tangent):
             piece, u = self._places(part, start)
             piece = piece.add_(lane[: len(piece)]).long()  # which `scatter_add_` asks for
-            for power, row in enumerate(sums.flatten(1)):
+            for power, row in enumerate(moments.flatten(1)):
                 weight = weight * u if power else weight
                 row.scatter_add_(0, piece, weight)
-        moments += sums.sum(1)
 
 
 class _Knots:
