@@ -119,7 +119,7 @@ class PrimalTape:
     """The results of the base forward's costly functions, in the order of their calls; ``next`` is taken next."""
 
     def __init__(self) -> None:
-        self._results: list[tuple[Tensor | weakref.ref[Tensor], int]] = []
+        self._results: list[tuple[Tensor | weakref.ref[Tensor] | None, int]] = []
         self.next = 0
         self._bytes = 0
 
@@ -127,9 +127,13 @@ class PrimalTape:
         """Append a result that took so many multiplications a value; hold on to it if it is worth its memory."""
         size = self._bytes + result.numel() * result.element_size()
         is_small = size <= SMALL_BYTES and multiplications >= SMALL_FROM_MULTIPLICATIONS
-        is_worth_it = is_small or multiplications >= KEEP_FROM_MULTIPLICATIONS
-        self._bytes = size if is_worth_it else self._bytes
-        self._results.append((result.detach() if is_worth_it else weakref.ref(result), version(result)))
+        if is_small or multiplications >= KEEP_FROM_MULTIPLICATIONS:
+            self._bytes = size
+            self._results.append((result.detach(), version(result)))
+        elif torch.compiler.is_compiling():  # which knows neither weak references nor versions
+            self._results.append((None, 0))
+        else:
+            self._results.append((weakref.ref(result), version(result)))
 
     def take(self) -> Tensor | None:
         """Return the next result, or ``None`` if it is gone or was overwritten in place since."""

@@ -62,8 +62,7 @@ class LearnedRate:
     def gradient(self, found: Hypergradient) -> Tensor:
         """Return ``∂L_T/∂s``."""
         exact = torch.zeros((), device=self.log_scale.device) if found.log_lr is None else found.log_lr.sum()
-        total = exact if found.along is None else exact + found.along
-        return total.to(self.log_scale.dtype)
+        return (exact if found.along is None else exact + found.along).to(self.log_scale.dtype)
 
     @torch.no_grad()
     def add(self, parameters: Sequence[Tensor], base_steps: int) -> None:

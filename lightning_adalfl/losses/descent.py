@@ -230,8 +230,7 @@ class KnownGradient(torch.autograd.Function):
 
 def ratio(m: Sequence[Tensor], tau: Sequence[Tensor]) -> Tensor:
     """Return ``⟨m, τ⟩ / ⟨τ, τ⟩`` over lists of tensors."""
-    size = inner(tau, tau)
-    return inner(m, tau) / size.clamp_min(torch.finfo(size.dtype).tiny)
+    return inner(m, tau) / inner(tau, tau).clamp_min(torch.finfo(tau[0].dtype).tiny)
 
 
 def inner(a: Iterable[Tensor], b: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,6 @@ _BETWEEN = KNOTS - 1
 _FINE = 16
 # A pair looked up costs about this part of one evaluated, and the table itself as much as so many.
 _LOOKUP_COST, _TABLE_COST = 0.1, 1_000
-_LANES = 4
 
 
 @cache  # a copy from the processor would have an accelerator wait
@@ -79,8 +78,8 @@ class KnotGradient(OutputGradient):
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ Σ_i tangent_i · value_i``; the tangent is overwritten."""
         labels, p, table = self._labels(), self._pairs.prediction.detach(), self._knots.table
-        # Most probabilities are near zero: in one place each would wait until the one before it is added.
-        moments = table.new_zeros(len(table), _LANES if self._classes is None else 1, table.shape[1])
+        # Most probabilities are near zero: without four lanes each would wait until the one before it is added.
+        moments = table.new_zeros(len(table), 4 if self._classes is None else 1, table.shape[1])
         if labels is None:
             self._spread(moments, p, tangent, self._starts())
         else:
