@@ -42,6 +42,14 @@ def test_a_run_repeats_and_the_library_begins_as_the_own_loss() -> None:
     assert ours["curve"]["test"][10:] != own["curve"]["test"][10:]
 
 
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if METHODS[name].fits(TASKS["mnist5k_next"]) and name != "own"]
+)
+def test_no_rival_is_the_own_loss_under_another_name(method: str) -> None:
+    curves = [run(Job("mnist5k_next", name, 0.05, **FEW))["curve"]["test"] for name in (method, "own")]
+    assert curves[0] != curves[1]
+
+
 @pytest.mark.parametrize("method", RATE_METHODS)
 def test_who_does_not_see_the_rate_is_run_at_the_papers_alone(method: str) -> None:
     pair = ["clean_mnist5k_logistic_paper", "clean_mnist5k_logistic_tuned"]

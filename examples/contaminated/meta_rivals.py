@@ -124,8 +124,8 @@ class _CorrectedDescent(Descent):
     def applied(self) -> list[Tensor]:
         return [(self.predicted.predictions.detach().softmax(1) - self._labels.detach()) / len(self._labels)]
 
-    def _bend(self, i: int) -> Tensor:
-        return self.applied()[i] - self.own[i]
+    def _bent(self, i: int) -> Tensor:
+        return self.applied()[i] * self.k
 
     def vjp(self, tangents: Sequence[Tensor]) -> dict[str, Tensor]:
         names, values = zip(*self._teacher.named_parameters())
