@@ -103,14 +103,14 @@ def row_errors(runs: Runs, task: str, fraction: float, stopped: bool) -> dict[st
 
 
 def ratios(errors: Mapping[str, float]) -> dict[str, float]:
-    """Return each method's error over the best method's, those that are told what is wrong left out of the best."""
-    best = min((error for name, error in errors.items() if not is_told(name)), default=math.nan)
+    """Return each method's error over the best method's, those that know more left out of the best."""
+    best = min((error for name, error in errors.items() if not knows_more(name)), default=math.nan)
     return {name: error / best for name, error in errors.items()}
 
 
-def is_told(name: str) -> bool:
-    """Return whether a method knows what is wrong with the targets, or has it from another run."""
-    return name == "replayed" or (name in METHODS and METHODS[name].is_told)
+def knows_more(name: str) -> bool:
+    """Return whether a method is no rival, since it knows what the others have to find."""
+    return name in METHODS and METHODS[name].knows_more
 
 
 def label(name: str) -> str:

@@ -31,7 +31,7 @@ class Method:
         train: Trains a run.
         kinds: Of the tasks that it is for.
         learns_from_trusted: Whether trusted rows have a part in training, and not in stopping early alone.
-        is_told: Whether it is told what is wrong with the targets, so that it is no rival with one setting.
+        knows_more: Whether it is told what is wrong with the targets, or has it from another run: it is no rival then.
         groups: Of the tasks that it is for; all by default.
         sees_rate: Whether it begins from the task's learning rate. If not, it is run at the paper's rate alone, and
             stands for the tuned one as well.
@@ -41,14 +41,14 @@ class Method:
     train: Callable[[Run], None]
     kinds: tuple[str, ...] = BOTH
     learns_from_trusted: bool = True
-    is_told: bool = False
+    knows_more: bool = False
     groups: tuple[str, ...] | None = None
     sees_rate: bool = True
 
     def fits(self, task: Task) -> bool:
         """Return whether the method is for a task."""
         is_of_group = self.groups is None or task.group in self.groups
-        return is_of_group and task.kind in self.kinds and not (self.is_told and task.told is None)
+        return is_of_group and task.kind in self.kinds
 
 
 # The library.
@@ -218,7 +218,14 @@ METHODS: dict[str, Method] = {
     "l1": Method("absolute error", partial(with_loss, loss=F.l1_loss), REGRESSION, **_LOSS),
     "huber": Method("Huber", partial(with_loss, loss=huber), REGRESSION, **_LOSS),
     "pinball": Method("pinball 0.3", partial(with_loss, loss=pinball(0.3)), REGRESSION, **_LOSS),
-    "pinball_told": Method("pinball, told the quantile", told_pinball, REGRESSION, is_told=True, **_LOSS),
+    "pinball_told": Method(
+        "pinball, told the quantile",
+        told_pinball,
+        REGRESSION,
+        knows_more=True,
+        groups=("regression", "held-out"),
+        **_LOSS,
+    ),
     "gce": Method(
         "generalised cross-entropy", partial(with_loss, loss=generalised_cross_entropy), CLASSES_ONLY, **_LOSS
     ),
@@ -241,7 +248,9 @@ METHODS: dict[str, Method] = {
     "mwn": Method("Meta-Weight-Net", partial(by_meta_gradient, train=meta_weight_net)),
     "emlc": Method("EMLC's label correction", partial(by_meta_gradient, train=label_correction), CLASSES_ONLY),
     "glc": Method("gold loss correction", gold_loss_correction, CLASSES_ONLY),
-    "replayed": Method("a loss of another run, replayed", replayed, groups=("regression", "classification")),
+    "replayed": Method(
+        "a loss of another run, replayed", replayed, knows_more=True, groups=("regression", "classification")
+    ),
     "both": Method('the library, `learn="both"`', partial(ours, learn="both"), **_CLEAN),
     "lr": Method('the library, `learn="lr"`', partial(ours, learn="lr"), **_CLEAN),
     "prodigy": Method("Prodigy", prodigy, **_RATE),

@@ -80,7 +80,7 @@ class OutputGradient(ABC):
 
     @abstractmethod
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
-        """Return ``∂/∂φ Σ_i tangent_i · value_i``, by the names of the parameters that learn."""
+        """Return ``∂/∂φ Σ_i tangent_i · value_i``, by the parameters that learn; the tangent may be overwritten."""
 
     @abstractmethod
     def losses(self) -> Tensor:
