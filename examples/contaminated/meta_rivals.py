@@ -124,7 +124,7 @@ class _CorrectedDescent(Descent):
     def applied(self) -> list[Tensor]:
         return [(self.predicted.predictions.detach().softmax(1) - self._labels.detach()) / len(self._labels)]
 
-    def _bent(self, i: int) -> Tensor:
+    def bent(self, i: int) -> Tensor:
         return self.applied()[i] * self.k
 
     def vjp(self, tangents: Sequence[Tensor]) -> dict[str, Tensor]:

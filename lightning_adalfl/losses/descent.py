@@ -141,14 +141,14 @@ class Descent(ABC):
         self._handles[i + 1].remove()
         self.is_reached = True
         self._slopes[i] = gradient.detach()
-        bent = self._bent(i)
+        bent = self.bent(i)
         return None if bent is None else bent.to(gradient.dtype)
 
     def _slope(self, i: int) -> Tensor:
         slope, leaf = self._slopes[i], self.predicted.leaves[i]
         return torch.zeros_like(leaf, dtype=precise(leaf)) if slope is None else slope.to(precise(slope))
 
-    def _bent(self, i: int) -> Tensor | None:
+    def bent(self, i: int) -> Tensor | None:
         """Return km of an output, which goes on in place of kτ; ``None`` to leave it."""
         return None
 

@@ -148,7 +148,7 @@ class _BentDescent(Descent):
             self._learned.refresh()
         self._rho, self._known = self.predicted.pulled(self._learned.value), {}
 
-    def _bent(self, i: int) -> Tensor | None:
+    def bent(self, i: int) -> Tensor | None:
         return None if self._rho is None else self._parts(i)[0]
 
     def _parts(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
