@@ -22,7 +22,7 @@ def finite_number(name: str, value: object) -> float:
         raise TypeError(f"`{name}` must be a number; got {value!r}.")
     if not math.isfinite(value):
         raise ValueError(f"`{name}` must be finite; got {value}.")
-    return value
+    return float(value)  # NumPy's would stand in a checkpoint that `weights_only` does not read
 
 
 def positive_number(name: str, value: object) -> float:

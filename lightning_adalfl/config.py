@@ -48,7 +48,8 @@ class AdaLFLConfig:
             loss, or ML³ after an offline phase.
         meta_data: The held-out data of the meta-objective: ``"val"``, ``"train"``, the index of one of several
             validation loaders, or a loader. Set it where the validation data have another use.
-        meta_batch_size: Instances in a meta batch; by default as many as in a training batch.
+        meta_batch_size: Instances in a meta batch; by default as many as in a training batch, or in a batch of the
+            loader that ``meta_data`` is. A loader with a sampler of its own keeps its batch size.
         hypergradient: ``"forward"`` (exact), ``"finite_difference"`` (a little cheaper, and approximate),
             ``"reverse"`` (exact; a double backward), or a :class:`JacobianProduct`. Set it where an error says so.
         optimizer: Which of several optimizers takes the base step, by its index. Set it where there are several.
@@ -86,15 +87,17 @@ class AdaLFLConfig:
                 f"got loss={self.loss!r}, own_loss={self.own_loss}. Leave them out, or choose `learn='loss'`."
             )
         self._check_loss()
-        positive_number("meta_lr", self.meta_lr)
-        positive_number("lr_meta_lr", self.lr_meta_lr)
+        for name in ("meta_lr", "lr_meta_lr"):
+            object.__setattr__(self, name, positive_number(name, getattr(self, name)))
         for name, least in (("meta_every", 1), ("meta_batch_size", 1), ("optimizer", 0)):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), least)
         optimizer = getattr(torch.optim, str(self.meta_optimizer), None)
-        if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer) and optimizer is not Optimizer):
+        is_one = isinstance(optimizer, type) and issubclass(optimizer, Optimizer) and optimizer is not Optimizer
+        if not is_one or optimizer in (torch.optim.LBFGS, torch.optim.SparseAdam):
             raise ValueError(
-                f"`meta_optimizer` must name a class of torch.optim, such as 'Adam'; got {self.meta_optimizer!r}."
+                "`meta_optimizer` must name a class of torch.optim that steps by a dense gradient alone, such as "
+                f"'Adam'; got {self.meta_optimizer!r}."
             )
         if isinstance(self.meta_data, str):
             one_of("meta_data", self.meta_data, ("val", "train"))

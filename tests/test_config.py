@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -37,7 +38,9 @@ def own_task_loss(predictions: Tensor, target: Tensor) -> Tensor:
         ("meta_lr", 0.0, ValueError, r"`meta_lr` must be positive; got 0.0"),
         ("meta_lr", "1e-5", TypeError, "`meta_lr` must be a number; got '1e-5'"),
         ("lr_meta_lr", float("inf"), ValueError, "`lr_meta_lr` must be finite; got inf"),
-        ("meta_optimizer", "Adamm", ValueError, r"`meta_optimizer` must name a class of torch.optim, .*; got 'Adamm'"),
+        ("meta_optimizer", "Adamm", ValueError, r"`meta_optimizer` must name a class of torch.optim .*; got 'Adamm'"),
+        ("meta_optimizer", "LBFGS", ValueError, r"`meta_optimizer` .* steps by a dense gradient alone.*; got 'LBFGS'"),
+        ("meta_optimizer", "SparseAdam", ValueError, r"`meta_optimizer` .*; got 'SparseAdam'"),
         ("meta_optimizer", "lr_scheduler", ValueError, r"`meta_optimizer` must name a class of torch.optim"),
         ("meta_optimizer", "Optimizer", ValueError, r"`meta_optimizer` must name a class of torch.optim"),
         ("meta_every", 0, ValueError, "`meta_every` must be a whole number, 1 or more; got 0"),
@@ -133,3 +136,10 @@ def test_checks_return_what_is_right() -> None:
         positive_number("x", float("nan"))
     with pytest.raises(ValueError, match="`c` must be one of 'a', 'b'; got None"):
         one_of("c", None, ("a", "b"))
+
+
+def test_a_rate_of_numpys_is_kept_as_pythons() -> None:
+    """Else it would stand in a checkpoint that `weights_only` does not read."""
+    config = AdaLFLConfig("multiclass", meta_lr=np.logspace(-4, -2, 3)[1], lr_meta_lr=np.float64(0.1))
+    assert type(config.meta_lr) is float
+    assert type(config.lr_meta_lr) is float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def test_a_run_is_described_from_its_folder_and_from_its_checkpoint(
         "What to do:\n- Hardly any shape is learned yet.",
     ):
         assert part in said[0], part
+
+
+def test_the_shape_is_of_the_newest_file(tmp_path: Path) -> None:
+    """A checkpoint is kept where a metric was best, long before the end of the history."""
+    path = train(tmp_path, callbacks=(LossShapeLogger(every_n_steps=4),), meta_every=1)
+    early = path.with_name("best.ckpt")
+    checkpoint = torch.load(path, weights_only=False)
+    phi = checkpoint["adalfl"]["learner"]["phi"]
+    phi.update({name: torch.zeros_like(value) for name, value in phi.items() if name.startswith("linear")})
+    path.unlink()
+    torch.save(checkpoint, early)
+    os.utime(early, (0, 0))
+    assert diagnose(tmp_path).partition("Strength")[2] != diagnose(early).partition("Strength")[2]
 
 
 def test_a_run_without_meta_steps_says_so(tmp_path: Path) -> None:

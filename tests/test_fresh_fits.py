@@ -325,3 +325,51 @@ def test_nothing_grows_with_the_steps(tmp_path: Any) -> None:
     module = make(Ada, adalfl=config(learn="both"))
     trainer(tmp_path, max_epochs=7, callbacks=[Count()]).fit(module, *loaders())
     assert counts[1] <= counts[0] + 3
+
+
+class Fails(Smooth):
+    """Fails in the middle of a step, with a learned rate in force."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_step == 8:
+            raise RuntimeError("stop here")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_fit_that_fails_leaves_the_optimizer_its_own_rate(tmp_path: Any) -> None:
+    module = make(adaptive(Fails), adalfl=config(learn="lr", lr_meta_lr=0.1))
+    fitting = trainer(tmp_path, max_epochs=4)
+    with pytest.raises(RuntimeError, match="stop here"):
+        fitting.fit(module, *loaders())
+    assert module.adalfl.lr_scale != 1.0
+    assert fitting.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1)
+    assert fitting.optimizers[0].param_groups[0]["lr"] == make(Smooth).lr
+
+
+def test_a_fresh_fit_after_a_failed_one_and_a_checkpoint_begins_at_the_start(tmp_path: Any) -> None:
+    path = tmp_path / "whole.ckpt"
+    first = trainer(tmp_path, max_epochs=1, callbacks=[SaveAtEnd(path)])
+    first.fit(make(AdaSmooth, adalfl=config()), *loaders())
+    module = make(adaptive(Fails), adalfl=config())
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer(tmp_path, max_epochs=4).fit(module, *loaders())
+    trainer(tmp_path).validate(module, loaders()[1], ckpt_path=path)
+    starts = Starts()
+    trainer(tmp_path, max_epochs=1, callbacks=[starts]).fit(module, *loaders())
+    assert starts.position == (0, 0)
+
+
+class SaveAtEnd(L.Callback):
+    def __init__(self, path: Any) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+class Starts(L.Callback):
+    """Sees where the held-out batches begin."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        state = module._adalfl_run.batches.state_dict()
+        self.position = state["pass"], state["drawn"]

@@ -27,7 +27,7 @@ from lightning_adalfl import AdaLFLConfig, InfluenceLogger
 from lightning_adalfl.__main__ import main
 from lightning_adalfl.adapter.recorded_indices import indices_of, record
 from lightning_adalfl.inspection import InfluenceTable
-from lightning_adalfl.inspection.target_scores import target_scores
+from lightning_adalfl.inspection.target_scores import other_targets, target_scores
 from lightning_adalfl.losses.tasks import task_named
 
 WATCHED = config(learn="nothing")
@@ -494,6 +494,14 @@ def test_what_cannot_be_told_apart_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         found(train(), make(adaptive(kind), adalfl=WATCHED), tmp_path, InfluenceLogger(size))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 2, 3)])
+def test_other_targets_of_values_may_have_any_shape(shape: tuple[int, ...]) -> None:
+    f, y = torch.randn(shape), torch.randn(shape)
+    others, weights = other_targets(task_named("regression"), f, y, (f, y), 0)
+    assert others.shape == (len(f), *others.shape[1:2], *f.shape[1:])
+    assert weights.shape == others.shape[:2]
 
 
 def test_what_is_not_watched_is_refused(tmp_path: Path) -> None:

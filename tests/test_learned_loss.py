@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_adalfl import files
+from lightning_adalfl import AdaLFLConfig, MetaLearner, files
 from lightning_adalfl.losses import LearnedLoss, LossNetwork, SmoothLeakyReLU, TaylorLoss
+from lightning_adalfl.losses.descent import LearnedGradient, Predicted
 from lightning_adalfl.losses.network import EMBEDDING, MAX_CLASSES
 from lightning_adalfl.losses.tasks import task_named
 
@@ -445,3 +446,64 @@ def test_a_loaded_loss_trains_in_a_plain_loop_in_another_process(path: Path) -> 
     done = subprocess.run([sys.executable, "-c", PLAIN, str(path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 0.95
+
+
+class Fixed(LearnedLoss):
+    """No φ at all."""
+
+    def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction - target) ** 2
+
+
+class LogLoss(LearnedLoss):
+    """Steep towards zero, as a loss of one's own may be."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__(task)
+        self.weight = nn.Parameter(torch.tensor(0.5))
+
+    def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return -self.weight * target * (prediction + 1e-7).log()
+
+
+def test_a_loss_without_parameters_is_one(tmp_path: Path) -> None:
+    predictions, target = BATCHES["multiclass"]
+    loss = Fixed("multiclass")
+    expected = (predictions.softmax(1) - F.one_hot(target, 4)).square().mean()
+    torch.testing.assert_close(loss(predictions, target), expected)
+    loss.save(tmp_path / "fixed.safetensors")
+    assert isinstance(LearnedLoss.load(tmp_path / "fixed.safetensors"), Fixed)
+
+
+@pytest.mark.parametrize("kind", [LogLoss, LOSSES["ml3"], LossNetwork, TaylorLoss])
+def test_the_slope_of_many_pairs_is_that_of_autograd(kind: Callable[..., LearnedLoss]) -> None:
+    """A loss that is not smooth is not looked up between knots, however many the pairs."""
+    torch.manual_seed(0)
+    loss, target = kind("multiclass"), torch.randint(10, (400,))
+    predictions = (3 * torch.randn(400, 10)).requires_grad_()
+    found = LearnedGradient(loss, Predicted.direct(predictions, target), by_outputs=True)
+    value = loss(predictions, target)
+    (expected,) = torch.autograd.grad(value, predictions, retain_graph=True)
+    torch.testing.assert_close(found.value, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.loss(), value.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_loss_in_half_precision_is_loaded_as_it_was(half: torch.dtype, tmp_path: Path) -> None:
+    predictions, target = BATCHES["multiclass"]
+    loss = LossNetwork("multiclass", sees_classes=True).to(half)
+    loss.save(tmp_path / "half.safetensors")
+    again = LearnedLoss.load(tmp_path / "half.safetensors")
+    assert torch.equal(again(predictions, target), loss(predictions, target))
+
+
+@pytest.mark.parametrize("name", ["network", "ml3", "taylor_cubic"])
+def test_a_preset_is_never_drawn_in_half_precision(name: str) -> None:
+    """The default precision is half where a module is built for such a run."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        learner = MetaLearner(AdaLFLConfig("multiclass", loss=name, learn="both"))
+    finally:
+        torch.set_default_dtype(before)
+    assert {tensor.dtype for tensor in [*learner.loss.state_dict().values(), learner.rate.log_scale]} == {torch.float32}

@@ -174,6 +174,19 @@ def test_whatever_else_steps_it_learns_as_by_a_double_backward(tmp_path: Any, ki
         torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-6)
 
 
+class JudgedLater(Adversarial):
+    """Its discriminator steps after the classifier, whose predictions do not depend on it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, y), (first, second) = batch, self.optimizers()
+        second.zero_grad()
+        self.manual_backward(F.cross_entropy(self(x), y))
+        second.step()
+        first.zero_grad()
+        self.manual_backward(F.softplus(self.discriminator(self(x).detach())).mean())
+        first.step()
+
+
 class Direct(Manual):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         optimizer, loss = self.optimizers(), self.loss(batch)
@@ -201,6 +214,11 @@ class AutomaticTwo(Plain):
     [
         (Direct, {}, r"Call `self.manual_backward\(loss\)` in place of `loss.backward\(\)`"),
         (Unrelated, {}, "has stepped 1 times on losses that do not depend on the predictions"),
+        (
+            JudgedLater,
+            {"optimizer": 0},
+            r"of 2 steps of SGD none was taken .* Let `AdaLFLConfig\(optimizer=...\)` name",
+        ),
         (TwoOptimizers, {}, r"returned 2\. Say which with `AdaLFLConfig\(optimizer=0\)`"),
         (TwoOptimizers, {"optimizer": 2}, "`optimizer` is 2 and `configure_optimizers` returned 2"),
         (AutomaticTwo, {}, "multiple optimizers is only supported with manual optimization"),

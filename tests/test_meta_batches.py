@@ -743,3 +743,40 @@ def test_weights_of_instances_reach_the_meta_objective(tmp_path: Any) -> None:
     trainer(tmp_path, max_epochs=20).fit(plain, DataLoader(data, 32), DataLoader(data, 32))
     shares = [float(m(x).softmax(1)[:, 0].mean().detach()) for m in (module, plain)]
     assert shares[0] > 0.9 * shares[1] > 0.8
+
+
+class Several(Smooth):
+    """Is validated on any number of loaders."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("held_out", [None, [loaders()[1], loaders()[1]]])
+def test_trusted_data_that_are_missing_or_unclear_are_refused_at_the_first_step(held_out: Any, tmp_path: Any) -> None:
+    module = adaptive(Several)(adalfl=AdaLFLConfig("multiclass", meta_every=50))
+    fitting = trainer(tmp_path, max_epochs=99)
+    with pytest.raises(ValueError, match="validation"):
+        fitting.fit(module, loaders()[0], held_out)
+    assert fitting.global_step == 0
+    assert module.adalfl.base_steps == 0
+
+
+class TwoLoaders(Smooth):
+    """Is validated on dictionaries of two batches."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        return None
+
+    def adalfl_predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        x, y = batch["a"] if isinstance(batch, dict) else batch
+        return self(x), y
+
+
+@pytest.mark.parametrize("callbacks", [[], [AdaLFLInit(steps=2)]])
+def test_a_combined_loader_of_dictionaries_is_one_loader(callbacks: list[Any], tmp_path: Any) -> None:
+    held_out = CombinedLoader({"a": loaders()[1], "b": loaders()[1]}, "max_size")
+    module = make(adaptive(TwoLoaders), adalfl=AdaLFLConfig("multiclass", meta_every=2))
+    trainer(tmp_path, max_epochs=1, callbacks=callbacks).fit(module, loaders()[0], held_out)
+    assert module.adalfl.meta_steps == 3

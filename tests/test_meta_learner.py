@@ -582,3 +582,120 @@ def test_a_rate_that_is_too_low_rises_and_one_too_high_falls(lr: float) -> None:
     assert rates[0] == lr
     assert rates[-1] == pytest.approx(lr * learner.lr_scale, rel=0.2)
     assert optimizer.param_groups[0]["lr"] == lr
+
+
+# What a loop of one's own may get wrong.
+
+
+def test_a_loss_of_another_forward_is_refused() -> None:
+    learner, model, batch = MetaLearner(config()), mlp(), next(batches(1))
+    step = learner.new_base_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    _, target = step.forward(batch)
+    step.descend(learner.objective, F.cross_entropy(model(batch[0]), target)).backward()
+    with pytest.raises(ValueError, match=r"does not depend on the predictions .*`BaseStep.forward`.* compute it from"):
+        step.step()
+
+
+def test_parameters_that_the_step_does_not_know_are_refused() -> None:
+    learner, model, batch = MetaLearner(config()), mlp(), next(batches(1))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = learner.new_base_step(model, optimizer)
+    for _ in range(2):
+        step.descend(learner.objective, F.cross_entropy(*step.forward(batch))).backward()
+        if learner.base_steps:
+            break
+        step.step()
+        learner.end_base_step(step, batches(2))
+        model[0].requires_grad_(True)
+    with pytest.raises(
+        ValueError, match=r"unfrozen, or a group added\. Make a new one, by `MetaLearner.new_base_step`"
+    ):
+        step.step()
+    again = learner.new_base_step(model, optimizer)
+    again.descend(learner.objective, F.cross_entropy(*again.forward(batch))).backward()
+    again.step()
+
+
+def test_where_nothing_is_learned_the_loop_is_the_plain_one_with_dropout_too() -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+    plain = model()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for x, y in itertools.islice(batches(1), 5):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    found = model()
+    run(MetaLearner(AdaLFLConfig("multiclass", learn="nothing", meta_every=1)), 5, found)
+    assert same(found.state_dict(), plain.state_dict())
+
+
+def test_a_task_loss_may_have_one_element() -> None:
+    first = MetaLearner(config(task_loss=lambda f, y: F.cross_entropy(f, y).reshape(1)))
+    second = MetaLearner(config(task_loss=F.cross_entropy))
+    for learner in (first, second):
+        run(learner, 4)
+    assert same(phi(first), phi(second))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ({"loss": "paper"}, {"loss": "ml3"}, "φ does not fit `loss='paper'`: it is of .*relu"),
+        ({"loss": "taylor_cubic"}, {"loss": "taylor_cubic_target_powers"}, "φ does not fit `loss='taylor_cubic'`"),
+        ({}, {"meta_optimizer": "SGD"}, "`meta_optimizer='SGD'` and this learner has `meta_optimizer='Adam'`; give"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused_though_its_shapes_fit(
+    ours: dict[str, Any], theirs: dict[str, Any], message: str
+) -> None:
+    learner = MetaLearner(AdaLFLConfig.paper("multiclass", **ours))
+    before = copy.deepcopy(learner.state_dict())
+    with pytest.raises(ValueError, match=message):
+        learner.load_state_dict(MetaLearner(AdaLFLConfig.paper("multiclass", **theirs)).state_dict())
+    assert same(learner.state_dict()["phi"], before["phi"])
+
+
+def test_a_learner_that_goes_on_has_the_rates_of_its_own_configuration() -> None:
+    learner, again = MetaLearner(config(learn="both")), MetaLearner(config(learn="both", meta_lr=0.5))
+    run(learner, 4)
+    again.load_state_dict(learner.state_dict())
+    assert [group["lr"] for group in again._optimizer.param_groups] == [0.5, again.config.lr_meta_lr]
+    learner.start(0.25)  # as in an offline phase, which goes on at its own rate
+    same_again = MetaLearner(config(learn="both"))
+    same_again.load_state_dict(learner.state_dict())
+    assert [group["lr"] for group in same_again._optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_what_is_frozen_of_phi_is_frozen_in_a_learner_made_from_its_state() -> None:
+    given = LossNetwork("multiclass", hidden=(6, 6), bias=True)
+    given.linear[0].requires_grad_(False)
+    learner = MetaLearner(config(loss=given))
+    run(learner, 3)
+    again = MetaLearner.from_state(learner.state_dict())
+    assert again.learned.keys() == learner.learned.keys()
+    assert same(phi(again), phi(learner))
+
+
+def test_a_meta_optimizer_that_cannot_move_phi_is_named() -> None:
+    with pytest.raises(ValueError, match="`meta_optimizer='Muon'` cannot move this learned loss or rate"):
+        MetaLearner(config(meta_optimizer="Muon"))
+    run(MetaLearner(config(meta_optimizer="Adafactor")), 3)
+
+
+def test_logits_that_a_mask_makes_infinite_are_learned_from_by_differences_too() -> None:
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.tensor([False, False, False, True]), -torch.inf)
+
+    found = []
+    for way in ("forward", "finite_difference"):
+        torch.manual_seed(0)
+        learner = MetaLearner(config(hypergradient=way))
+        run(learner, 4, Masked(4, 4))
+        assert int(learner.skipped) == 0
+        found.append(learner.scalars["adalfl/meta_grad_norm"])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=0.0)

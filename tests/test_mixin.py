@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.model_summary import ModelSummary
 from projects import (
     WATCHING,
     Ada,
+    AdaSmooth,
     Plain,
     Smooth,
     adaptive,
@@ -33,7 +34,7 @@ from projects import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_adalfl import AdaLFLMixin, LossNetwork
+from lightning_adalfl import AdaLFLInit, AdaLFLMixin, LossNetwork, LossShapeLogger
 from lightning_adalfl.losses import Descent
 
 
@@ -508,3 +509,27 @@ def test_steps_leave_nothing_behind(tmp_path: Any, every: int | None, accumulate
     trainer(tmp_path, max_epochs=2, accumulate_grad_batches=accumulate, callbacks=[Count()]).fit(module, *loaders())
     assert len(alive) == 12
     assert max(alive) <= alive[0] + 2 * accumulate
+
+
+@pytest.mark.parametrize("name", ["setup", "on_fit_start", "on_train_batch_end", "configure_gradient_clipping"])
+def test_a_hook_that_would_switch_a_part_off_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"Own.{name} hides that of AdaLFLMixin in Own; move it to a base class right"):
+        type("Own", (AdaLFLMixin, Smooth), {name: lambda self, *args: None})
+
+    class Base(Smooth):
+        def on_fit_start(self) -> None:
+            self.hello = 1
+
+    class Calls(AdaLFLMixin, Base):
+        def on_fit_start(self) -> None:
+            super().on_fit_start()
+
+    assert issubclass(Calls, AdaLFLMixin)
+
+
+@pytest.mark.parametrize("callback", [AdaLFLInit(steps=2), LossShapeLogger()])
+def test_a_module_without_a_configuration_is_told_so(callback: Any, tmp_path: Any) -> None:
+    module = AdaSmooth()
+    with pytest.raises(ValueError, match=r"AdaSmooth has no configuration .*adalfl=AdaLFLConfig"):
+        trainer(tmp_path, callbacks=[callback]).fit(module, *loaders())
+    trainer(tmp_path, callbacks=[AdaLFLInit(steps=2)]).validate(Smooth(), loaders()[1])

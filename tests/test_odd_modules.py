@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from projects import (
     CLASSES,
+    WATCHING,
     Plain,
     Smooth,
     adaptive,
@@ -476,3 +479,92 @@ def test_a_model_that_ends_in_a_sigmoid_trains_as_well_as_the_plain_one(tmp_path
         x, y = points(400, 5).tensors
         ends.append(float(F.binary_cross_entropy(module(x), (y > 0).float()).detach()))
     assert ends[1] < 1.3 * ends[0]
+
+
+class ScaledLater(Smooth):
+    """Changes its logits in place, though not in the first steps."""
+
+    is_in_place = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        if self.global_step > 1:
+            logits = logits.mul_(0.5) if self.is_in_place else logits * 0.5
+        return F.cross_entropy(logits, y)
+
+
+class ScaledLaterElsewhere(ScaledLater):
+    is_in_place = False
+
+
+def test_logits_that_are_changed_in_place_later_on_are_learned_from_as_if_not(tmp_path: Any) -> None:
+    """But for the first of these steps, of which nothing is learned."""
+    found = []
+    for kind in (ScaledLater, ScaledLaterElsewhere):
+        module = make(adaptive(kind), adalfl=replace(WATCHING, meta_batch_size=32))  # all of the held-out rows
+        trainer(tmp_path, max_epochs=1).fit(module, *loaders(shuffle=False))
+        found.append((module.adalfl.last_step.influence[0], tensors(module), module.adalfl.meta_steps))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert_same(found[0][1], found[1][1])
+    assert (found[0][2], found[1][2]) == (5, 6)
+    module = make(adaptive(ScaledLater), adalfl=config())
+    trainer(tmp_path, max_epochs=4).fit(module, *loaders(shuffle=False))
+    assert module.adalfl.meta_steps == 23
+
+
+class Shared(Smooth):
+    """Validates with its training step."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.training_step(batch, batch_idx)
+        self.log("val_loss", loss)
+        return loss
+
+
+def test_a_training_step_may_be_called_outside_training(tmp_path: Any) -> None:
+    plain, module = make(Shared), make(adaptive(Shared), adalfl=config())
+    batch = next(iter(loaders(shuffle=False)[0]))
+    with pytest.warns(UserWarning, match="`self.trainer` reference is not registered"):
+        assert torch.equal(module.training_step(batch, 0), plain.training_step(batch, 0))
+    found, expected = (trainer(tmp_path).validate(one, loaders()[1]) for one in (module, plain))
+    assert found == expected
+
+
+def test_under_fabric_the_mixin_is_refused() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    module = make(adaptive(Smooth), adalfl=config())
+    model = fabric.setup(module, _reapply_compile=False)
+    with pytest.raises(ValueError, match="use MetaLearner in the loop there"):
+        model.training_step(next(iter(loaders()[0])), 0)
+
+
+class Counts(Smooth):
+    """Logs and counts in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.model(x)
+        self.seen += len(x)
+        self.log("logit", out.detach().mean(), on_step=False, on_epoch=True)
+        return out
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        return None
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_the_forward_logs_and_counts_is_of_training_alone(offline: bool, tmp_path: Any) -> None:
+    plain, module = make(Counts), make(adaptive(Counts), adalfl=config(meta_every=1))
+    watcher = trainer(tmp_path, max_epochs=2)
+    watcher.fit(plain, *loaders(shuffle=False))
+    fitting = trainer(tmp_path, max_epochs=2, callbacks=[AdaLFLInit(steps=2)] if offline else [])
+    fitting.fit(module, *loaders(shuffle=False))
+    assert module.seen == plain.seen == 2 * 96
+    watching = make(adaptive(Counts), adalfl=AdaLFLConfig("multiclass", learn="nothing", meta_every=1))
+    fitting = trainer(tmp_path, max_epochs=2)
+    fitting.fit(watching, *loaders(shuffle=False))
+    assert fitting.logged_metrics["logit"] == watcher.logged_metrics["logit"]

@@ -219,7 +219,9 @@ def test_values_out_of_range(name: str, predictions: Tensor, target: Tensor, mes
 def test_other_refusals() -> None:
     task_named("regression").check_values(*batch("regression"))
     task_named("multilabel").check_values(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"`weight` must have shape \(3,\) for logits of shape \(3, 4\); got \(3, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"`weight` must have shape \(3,\) for \(N, C, ...\) logits \(3, 4\); got \(3, 4\)"
+    ):
         task_named("multiclass").pairs(torch.zeros(3, 4), torch.zeros(3, **LONG), torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"`weight` must have the shape of `predictions` for task 'binary'"):
         task_named("binary").pairs(torch.zeros(3), torch.zeros(3), torch.ones(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -303,3 +303,23 @@ def test_a_loss_of_ones_own_bends_too() -> None:
         ends.append((BentLoss(loss).gradient(loss.pairing.loss, f, y, None) * h).sum())
         loss.power.data -= sign * size
     assert float(descent.vjp([h])["power"]) == pytest.approx(float((ends[0] - ends[1]).detach()) / (2 * size), rel=1e-5)
+
+
+@pytest.mark.parametrize("view", [lambda z: z.transpose(1, 2), lambda z: z.reshape(-1, 4)])
+def test_the_unit_is_the_same_in_whatever_view_the_predictions_are_given(view: Callable[[Tensor], Tensor]) -> None:
+    """A language model's outputs are (N, T, C), and the classes of predictions are dimension 1."""
+    outputs, target = torch.randn(6, 5, 4, requires_grad=True), torch.randint(4, (6, 5))
+    leaf = outputs.detach().requires_grad_()
+    direct = outputs.detach().transpose(1, 2).clone().requires_grad_()
+    units = []
+    for predicted, own in [
+        (Predicted([outputs], [leaf], f := view(leaf), target.view(len(f), *f.shape[2:])), outputs.transpose(1, 2)),
+        (Predicted.direct(direct, target), direct),
+    ]:
+        objective = BentLoss(LossNetwork("multiclass"), is_zero=True)
+        descent = objective.descend(F.cross_entropy(own, target), predicted)
+        descent.loss.backward()
+        objective.take_units([descent], None)
+        units.append(objective.loss.unit)
+    assert units[0] != 1.0
+    torch.testing.assert_close(*units)

@@ -80,11 +80,9 @@ def when_loaded(trainer: Any, change: Callable[[Any], None] | None) -> None:
 
 def val_source(trainer: Any) -> Any:
     """Return the validation loaders as the user gave them; ``None`` if there are none."""
-    loaders = trainer.val_dataloaders
-    if loaders is not None:
-        return loaders
-    # Lightning keeps the loaders given to `fit` here alone until its loops begin.
-    given = _given(trainer.fit_loop.epoch_loop.val_loop._data_source)
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    # Lightning keeps the loaders given to `fit` in the source alone until its loops begin.
+    given = _given(loop._data_source) if loop._combined_loader is None else loop._combined_loader
     return given.iterables if is_a(given, "CombinedLoader") and given._mode == "sequential" else given
 
 

@@ -48,6 +48,10 @@ class EndlessBatches:
     def __iter__(self) -> Iterator[Any]:
         return self
 
+    def open(self) -> None:
+        """Make the loader, so that one that cannot serve is refused; nothing is drawn."""
+        self._iterator = self._iterator or self._start()
+
     def __next__(self) -> Any:
         for _ in range(2):
             if self._iterator is None:

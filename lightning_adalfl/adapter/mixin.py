@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from lightning_adalfl.adapter.meta_batches import meta_loader
 from lightning_adalfl.adapter.offline import draw_parameters
 from lightning_adalfl.adapter.online import OnlineRun
 from lightning_adalfl.adapter.plugins import NotedClipping
-from lightning_adalfl.adapter.refusals import base_optimizer, check_trainer
+from lightning_adalfl.adapter.refusals import base_optimizer, check_overrides, check_trainer
 from lightning_adalfl.config import AdaLFLConfig
 from lightning_adalfl.learning.meta_learner import MetaLearner
 
@@ -83,16 +82,7 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
                 f"{cls.__name__} is no LightningModule; put AdaLFLMixin left of yours: "
                 f"class {cls.__name__}(AdaLFLMixin, YourModule)."
             )
-        for name in ("training_step", "on_save_checkpoint", "on_load_checkpoint"):
-            owner = next(base for base in cls.__mro__ if name in base.__dict__)
-            if getattr(cls, name) is not getattr(AdaLFLMixin, name) and not _calls_super(owner, name):
-                remedy = (
-                    "move it to a base class right of AdaLFLMixin"
-                    if owner is cls
-                    else f"put AdaLFLMixin left of {owner.__name__}: class {cls.__name__}(AdaLFLMixin, "
-                    f"{owner.__name__})"
-                )
-                raise TypeError(f"{owner.__name__}.{name} hides that of AdaLFLMixin in {cls.__name__}; {remedy}.")
+        check_overrides(cls, AdaLFLMixin)
         give_signature(cls, AdaLFLMixin)
 
     # What a user may override.
@@ -134,11 +124,12 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
 
     # What Lightning calls, in its order.
 
-    def setup(self, stage: str) -> None:
+    def setup(self, stage: str | None = None) -> None:
         """Begin a fit afresh, and refuse what cannot be right before anything is spent on it."""
         super().setup(stage)  # type: ignore[misc]
         if stage == "fit":
             self._adalfl_close()
+            self._adalfl_processes = None
             self._adalfl_learner()
             check_trainer(self.trainer, self)
 
@@ -173,7 +164,14 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
         own = super().training_step  # type: ignore[misc]
         if is_own(own):
             return own(batch, batch_idx)
-        arguments, run = step_arguments(own, batch, batch_idx), self._adalfl_online()
+        arguments = step_arguments(own, batch, batch_idx)
+        if self._fabric is not None:  # type: ignore[attr-defined]
+            raise ValueError(
+                "Fabric calls none of the hooks that AdaLFLMixin needs; use MetaLearner in the loop there."
+            )
+        if self._trainer is None or not self._trainer.training:  # type: ignore[attr-defined]
+            return own(*arguments)  # as a `validation_step` of the module's may call it
+        run = self._adalfl_online()
         if isinstance(run, ManualRun):
             output, loss = run.run_manual(lambda: own(*arguments), batch)
             if loss is not None:
@@ -291,8 +289,3 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the module, as weight averaging makes one, has no part in the fit that is under way.
         return {**super().__getstate__(), "_adalfl_run": None, "_adalfl_offline": None}  # type: ignore[dict-item]
-
-
-def _calls_super(owner: type, name: str) -> bool:
-    code = getattr(inspect.unwrap(owner.__dict__[name]), "__code__", None)
-    return code is None or not {"super", "AdaLFLMixin"}.isdisjoint(code.co_names)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_adalfl.learning.torch_private import version
 
 T = TypeVar("T")
 _CONTAINERS = (list, dict, set, deque)
@@ -86,7 +89,9 @@ class ModuleState:
                 attributes.pop(name, None)
                 continue
             attributes[name] = value
-            if type(value) in _CONTAINERS:
+            if isinstance(value, Tensor) and version(value) != content[0]:
+                value.detach().copy_(content[1])
+            elif type(value) in _CONTAINERS:
                 value.clear()
                 (value.update if type(value) in (dict, set) else value.extend)(content)
             elif isinstance(value, GENERATORS):
@@ -96,9 +101,24 @@ class ModuleState:
 _ABSENT = object()
 
 
+@contextmanager
+def unlogged(module: nn.Module) -> Iterator[None]:
+    """Leave out what a module logs in the body, where it predicts for the learned loss alone."""
+    attributes = vars(module)
+    before = {"log": attributes["log"]} if "log" in attributes else {}
+    attributes["log"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del attributes["log"]
+        attributes.update(before)
+
+
 def _content(value: Any) -> Any:
     if type(value) in _CONTAINERS:
         return copy.copy(value)
+    if isinstance(value, Tensor):
+        return version(value), value.detach().clone()
     if isinstance(value, (torch.Generator, np.random.RandomState)):
         return value.get_state()
     if isinstance(value, np.random.Generator):
@@ -118,6 +138,8 @@ def _set_generator(value: Any, content: Any) -> None:
 def _differs(now: Any, value: Any, content: Any) -> bool:
     if now is not value:
         return True
+    if isinstance(value, Tensor):
+        return version(value) != content[0]
     if type(value) is dict:
         return value.keys() != content.keys() or any(value[key] is not content[key] for key in content)
     if type(value) in (list, deque):

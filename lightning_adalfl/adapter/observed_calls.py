@@ -29,6 +29,7 @@ class Call:
         after: And after it.
         output: What it returned.
         returned: Copies that the step got in place of it, or the very output.
+        returned_versions: Of the tensors in that, when the step got them.
         kept: What an evaluation may use.
         leaves: What stands for its outputs where it was answered, by their place.
         given: The copies of these that the answer is made of.
@@ -44,6 +45,7 @@ class Call:
     after: TorchState
     output: Any
     returned: Any
+    returned_versions: list[int]
     kept: Any
     leaves: dict[int, Tensor] = field(default_factory=dict)
     given: dict[int, Tensor] = field(default_factory=dict)
@@ -73,6 +75,7 @@ class ObservedCalls:
         way: Says what of each call is kept for an evaluation; ``None`` for nothing.
         answers: The calls that have been answered, in their order.
         has_run: Whether a module has run in place of being answered.
+        is_spoilt: Whether the last step has changed an output of which it got no copy.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, on_first: Callable[[], None]) -> None:
@@ -84,13 +87,13 @@ class ObservedCalls:
         self._depth = 0
         self._is_intercepting = False
         self._is_first_call = True
-        # Calls whose output the step changes in place: known once the first step has run, until then all.
+        # Calls whose output a step has changed in place: those of the first step, which gets copies of all, and later.
         self._changed: set[tuple[int, int]] = set()
         self._knows_changed = False
         self.calls: list[Call] = []
         self.way: JacobianProduct | None = None
         self.answers: list[Call] = []
-        self.has_run = False
+        self.has_run = self.is_spoilt = False
 
     def _handle(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._depth or self._on_call is None:
@@ -136,25 +139,28 @@ class ObservedCalls:
             # A copy for the step to change: the output itself stays what the module gave, graph and all.
             returned = map_tensors(lambda t: t.clone() if t.requires_grad else t, output) if is_changed else output
             after = TorchState.capture(self._device)
-            self.calls.append(Call(module, place, args, kwargs, versions, before, after, output, returned, kept))
+            found = (output, returned, [version(t) for t in tensors_in(returned)], kept)
+            self.calls.append(Call(module, place, args, kwargs, versions, before, after, *found))
             return returned
 
         with self.handling(observed):
             yield
-        self._find_changed()
-        self._knows_changed = True
+        # Without a copy of what was changed, the step cannot be learned from; from the next on there is one.
+        self.is_spoilt = self._find_changed() and self._knows_changed
+        self._knows_changed = self._knows_changed or bool(self.calls)
+        self.calls = [] if self.is_spoilt else self.calls
 
     def forget(self) -> None:
         """Let go of the calls so far, and of their graphs."""
         self._find_changed()
         self.calls, self.answers, self._is_first_call = [], [], True
 
-    def _find_changed(self) -> None:
-        if self._knows_changed:
-            return
-        for call in self.calls:
-            if any(version(t) for t in tensors_in(call.returned) if t.requires_grad):
-                self._changed.add(call.place)
+    def _find_changed(self) -> bool:
+        """Note the calls whose output has been changed since; return whether there were others than those known."""
+        changed = {c.place for c in self.calls if [version(t) for t in tensors_in(c.returned)] != c.returned_versions}
+        is_new = not changed <= self._changed
+        self._changed |= changed
+        return is_new
 
     @contextmanager
     def answering(self, choose: Callable[[Sequence[Call], tuple[Any, ...], dict[str, Any]], Call]) -> Iterator[None]:

@@ -20,7 +20,7 @@ from lightning_adalfl.adapter.meta_batches import (
     derived_seed,
     transferred_meta_batch,
 )
-from lightning_adalfl.adapter.module_state import ModuleState
+from lightning_adalfl.adapter.module_state import ModuleState, unlogged
 from lightning_adalfl.adapter.plugins import LossScale, broadcast, mean_over_processes
 from lightning_adalfl.learning.base_step import BaseStep
 from lightning_adalfl.learning.meta_learner import MetaLearner
@@ -88,7 +88,7 @@ class OfflinePhase:
     def step(self) -> Tensor:
         """Take one meta step (lines 3 to 10); return the task loss after the inner steps."""
         self._reset()
-        with self.trainer.precision_plugin.train_step_context():
+        with self.trainer.precision_plugin.train_step_context(), unlogged(self.module):
             for step in self._steps:
                 self._inner_step(step)
             batch = transferred_meta_batch(self.module, next(self.meta_batches), self.learner.config)

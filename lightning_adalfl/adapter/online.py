@@ -122,7 +122,7 @@ class OnlineRun:
             output = step()
         loss = loss_of(output)
         found = None
-        if isinstance(loss, Tensor) and loss.requires_grad:  # or else it skips the batch
+        if isinstance(loss, Tensor) and loss.requires_grad and not self._observer.is_spoilt:  # or it skips the batch
             found = self._observer.found(loss)
         descent = None if found is None else self._descent(loss, found)
         self._observer.end()
@@ -168,14 +168,11 @@ class OnlineRun:
         if self._is_evaluated or not step.forwards:
             return
         self._is_evaluated = True
-        self._check_reached()
-        gradients = {i: p.grad for i, p in enumerate(step.parameters) if p.grad is not None}
+        with self.stream.drawing():
+            self.batches.open()
+        gradients = step.gradients()
         if not gradients:
             return
-        if any(gradient.is_sparse for gradient in gradients.values()):
-            raise ValueError(
-                "a gradient is sparse, which has no hypergradient; build the embedding with `sparse=False`."
-            )
         values = {i: step.parameters[i].detach() for i in gradients}
         context = self.trainer.precision_plugin.train_step_context()
         with context, self._observer.state_kept(), self._others_put_back():
@@ -204,8 +201,14 @@ class OnlineRun:
             step.loss_scale = own_scale(self.trainer)
             step.after_step(self.gradient, self.gradient.passed[-1][1] if self.gradient.passed else None)
             if step.is_recorded:
-                self._check_reached()
                 self._meta_step()
+        # Once a batch may be left out; for ever, nothing would be learned.
+        if learner.is_due and not learner.meta_steps and learner.base_steps >= 2 * (learner.config.meta_every or 0):
+            raise ValueError(
+                f"of {learner.base_steps} steps of {type(optimizer).__name__} none was taken on a loss of the "
+                "predictions of `adalfl_predict`, so that nothing can be learned from them. Let "
+                "`AdaLFLConfig(optimizer=...)` name the optimizer of the parameters that they depend on."
+            )
         self._others = []
         step.clear()
         self.gradient = GradientPath(step)
@@ -215,14 +218,6 @@ class OnlineRun:
 
     def _check_descended(self) -> None:
         """Raise unless the gradient of a step came from a loss that was descended; in automatic optimization it did."""
-
-    def _check_reached(self) -> None:
-        descents = [f.descent for f in self.base_step.forwards if f.descent is not None]
-        if not any(descent.is_reached for descent in descents):
-            raise ValueError(
-                f"the loss of {type(self.module).__name__}.training_step does not depend on the predictions of "
-                "`adalfl_predict`, so that nothing can be learned from them. Return those that it is computed from."
-            )
 
     def _meta_step(self) -> None:
         learner = self.learner

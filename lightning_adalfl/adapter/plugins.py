@@ -118,6 +118,13 @@ class NotedClipping:
         run.gradient = GradientPath(run.base_step)
         run.gradient.keep(own_scale(run.trainer))
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step as the module does; where that fails, the optimizer is not left with the learned rate."""
+        try:
+            super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._adalfl_online()._at_rate.close()  # type: ignore[attr-defined]
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip where automatic optimization would: after a gradient scaler has taken its factor out."""
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch.optim import Optimizer
 
 from lightning_adalfl.adapter.lightning_private import is_a
 from lightning_adalfl.learning.meta_learner import MetaLearner
+
+# Hooks of the mixin without which a part of it would be switched off in silence.
+_NEEDED = """
+training_step setup on_fit_start on_train_batch_end configure_gradient_clipping on_save_checkpoint on_load_checkpoint
+"""
+
+
+def check_overrides(cls: type, mixin: type) -> None:
+    """Raise a ``TypeError`` if a method hides one of the mixin's without calling it."""
+    for name in _NEEDED.split():
+        owner = next(base for base in cls.__mro__ if name in base.__dict__)
+        if getattr(cls, name) is getattr(mixin, name):
+            continue
+        code = getattr(inspect.unwrap(owner.__dict__[name]), "__code__", None)
+        if code is None or not {"super", "AdaLFLMixin", "clip_gradients"}.isdisjoint(code.co_names):
+            continue
+        remedy = (
+            "move it to a base class right of AdaLFLMixin, or call `super()` in it"
+            if owner is cls
+            else f"put AdaLFLMixin left of {owner.__name__}: class {cls.__name__}(AdaLFLMixin, {owner.__name__})"
+        )
+        raise TypeError(f"{owner.__name__}.{name} hides that of AdaLFLMixin in {cls.__name__}; {remedy}.")
 
 
 def check_trainer(trainer: Any, module: Any) -> None:
@@ -43,13 +66,13 @@ def _check_sharded(strategy: Any, module: Any, remedy: str) -> None:
 
 def learner_of(module: Any, who: str) -> MetaLearner:
     """Return the learner of a module."""
-    learner = getattr(module, "adalfl", None)
-    if not isinstance(learner, MetaLearner):
+    if not hasattr(module, "_adalfl_learner"):
         name = type(module).__name__
         raise TypeError(
             f"{who} needs a module with a learned loss; got {name}. Put AdaLFLMixin left of it: "
             f"class Ada{name}(AdaLFLMixin, {name})."
         )
+    learner: MetaLearner = module._adalfl_learner()
     return learner
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_adalfl.adapter.module_state import ModuleState
+from lightning_adalfl.adapter.module_state import ModuleState, unlogged
 from lightning_adalfl.adapter.observed_calls import Call, ObservedCalls, equal_tensors
 from lightning_adalfl.learning.base_step import Predicted
 from lightning_adalfl.learning.jvp import JacobianProduct
@@ -55,7 +55,7 @@ class StepObserver:
         device: torch.device,
         buffers: Callable[[], dict[str, Tensor]],
     ) -> None:
-        self._name = type(module).__name__
+        self._module, self._name = module, type(module).__name__
         self._predict = predict
         self._says_how = says_how
         self._device = device
@@ -116,6 +116,11 @@ class StepObserver:
         """Whether a module has been called since :meth:`forget`."""
         return bool(self._calls.calls)
 
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether the last step cannot be learned from, since it has changed an output in place for the first time."""
+        return self._calls.is_spoilt
+
     def found(self, loss: Tensor | None = None, is_certain: bool = True) -> Found | None:
         """Return what was predicted, and what is needed to do so again, where that was asked for.
 
@@ -158,7 +163,7 @@ class StepObserver:
         """Leave the modules' attributes as they are, and its calls unobserved: the body predicts on other batches."""
         state = self._state.capture()
         try:
-            with self._calls.handling(None):
+            with self._calls.handling(None), unlogged(self._module):
                 yield
         finally:
             self._state.restore(state)

@@ -92,7 +92,8 @@ class AdaLFLInit(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse a module without a learned loss."""
-        learner_of(pl_module, "AdaLFLInit")
+        if stage == "fit":
+            learner_of(pl_module, "AdaLFLInit")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Have the module run the offline phase, once its own ``on_fit_start`` is through."""

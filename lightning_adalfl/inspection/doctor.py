@@ -48,7 +48,8 @@ def diagnose(path: PathLike, classes: int | None = None) -> str:
     if history.is_file() and is_learned:
         said.append(_distance(LossHistory.load(history)))
     if is_learned:
-        _shape(read(found[-1] if found else history), classes, said, todo)
+        files = [*found[-1:], *([history] if history.is_file() and not is_file else [])]
+        _shape(read(max(files, key=os.path.getmtime)), classes, said, todo)
     return "\n\n".join([*said, "\n".join(["What to do:", *(f"- {line}" for line in dict.fromkeys(todo or [_FINE]))])])
 
 

@@ -85,7 +85,7 @@ def other_targets(
         error = error[error.reshape(len(error), -1).sum(1).argsort()]
         ranks = (torch.rand(len(f), _VALUES, generator=generator) * len(error)).long().to(f.device)
         others = f.unsqueeze(1) + error[ranks]
-        return others, (others - y.unsqueeze(1)).square().flatten(2).mean(2)
+        return others, (others - y.unsqueeze(1)).square().reshape(*others.shape[:2], -1).mean(2)
     if task.name != "multiclass":
         flips = torch.eye(f[0].numel(), device=f.device)[:_MOST].reshape(-1, *f.shape[1:])
         return (y.unsqueeze(1).float() - flips).abs(), torch.ones(len(f), len(flips), device=f.device)

@@ -169,7 +169,16 @@ class BaseStep:
 
         Args:
             clipping: What the gradient has been through, where that is known already.
+
+        Raises:
+            ValueError: If the optimizer has parameters that were frozen, or not its own, when this object was made.
         """
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if trained - {id(p) for p in self.parameters}:
+            raise ValueError(
+                "`optimizer` has parameters that it did not train when the base step was made: a part of the model was "
+                "unfrozen, or a group added. Make a new one, by `MetaLearner.new_base_step` or `BaseStep`."
+            )
         with torch.no_grad():
             # One buffer is kept over the steps: allocating it anew costs as much as filling it.
             if len(self.before) != len(self.parameters):
@@ -186,18 +195,29 @@ class BaseStep:
             gradients: As they went into the step, where that has changed them in place.
 
         Raises:
-            ValueError: If a gradient is sparse.
+            ValueError: If a gradient is sparse, or the loss does not depend on the predictions.
         """
         self._clipping = clipping or self._clipping
-        found = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
-        if any(gradient.is_sparse for gradient in found.values()):
-            raise ValueError(
-                "a gradient is sparse, which has no hypergradient here; build the embedding with `sparse=False`."
-            )
+        found = self.gradients()
         self.active = list(found)
         self._gradients = list(found.values() if gradients is None else gradients)
         # A forward whose loss was not descended has no part in the step.
         self.forwards = [f for f in self.forwards if f.descent is not None and f.descent.scale is not None]
+
+    def gradients(self) -> dict[int, Tensor]:
+        """Return the gradients that there are, by the index of the parameter, unless nothing can be learned of them."""
+        found = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
+        if any(gradient.is_sparse for gradient in found.values()):
+            raise ValueError(
+                "a gradient is sparse, which has no hypergradient; build the embedding with `sparse=False`."
+            )
+        descents = [f.descent for f in self.forwards if f.descent is not None and f.descent.scale is not None]
+        if descents and not any(descent.is_reached for descent in descents):
+            raise ValueError(
+                "the loss does not depend on the predictions of `adalfl_predict`, or of `BaseStep.forward`, so that "
+                "nothing can be learned from them. Return those that it is computed from, or compute it from them."
+            )
+        return found
 
     def step(self, clipping: Clipping | None = None) -> None:
         """Take the base step, recorded.

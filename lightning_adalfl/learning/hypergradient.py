@@ -100,7 +100,8 @@ def hypergradient(
 ) -> Hypergradient:
     """Differentiate the task loss after the recorded base step(s) by the parameters φ of the loss that caused them.
 
-    It returns gradients, writes no ``.grad``, and leaves parameters, buffers and random states as they are.
+    It returns gradients, writes no ``.grad``, and leaves parameters and buffers as they are. Of random numbers it draws
+    what the forward on the meta batch draws.
 
     Args:
         steps: The base step that was just taken, or all steps of an inner loop of plain gradient descent in their order
@@ -175,7 +176,7 @@ def _meta_gradient(
         if halves:
             part = task_loss(*(tensor[::2] for tensor in found))
             gradients += step.model.gradients(part * loss_scale, step.parameters)
-        return value.detach(), gradients
+        return value.detach().reshape(()), gradients
 
     # Compiled parts do not know swapped buffers: here they run as the Python that they were.
     with torch.enable_grad(), checkpoints_not_reentrant(), torch.compiler.set_stance("force_eager"):

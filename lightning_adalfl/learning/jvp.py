@@ -124,7 +124,8 @@ class FiniteDifference(JacobianProduct):
         moved = torch._foreach_mul(list(direction), step)
         torch._foreach_add_(moved, list(before.values()))
         outputs = self._run(model, forward, dict(zip(before, moved)))
-        return [(new - old) / step.to(new.dtype) for new, old in zip(outputs, forward.outputs)]
+        # A logit that a mask has made infinite stays so.
+        return [torch.where(a == b, 0.0, (a - b) / step.to(a.dtype)) for a, b in zip(outputs, forward.outputs)]
 
 
 class DoubleBackward(JacobianProduct):

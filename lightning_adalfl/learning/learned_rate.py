@@ -32,7 +32,8 @@ class LearnedRate:
 
     def __init__(self, horizon: int) -> None:
         self.horizon = horizon
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        precision = torch.promote_types(torch.get_default_dtype(), torch.float32)  # whatever that of the model is
+        self.log_scale = nn.Parameter(torch.zeros((), dtype=precision))
         self._average: list[Tensor] = []
 
     @property

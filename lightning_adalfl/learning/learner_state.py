@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adalfl.losses.learned_loss import LearnedLoss
@@ -25,6 +26,7 @@ def state_of(learner: Any) -> dict[str, Any]:
     return {
         "config": learner.config.to_dict(),
         "loss": None if loss is None else loss.describe(),
+        "learns": [] if loss is None else list(loss.phi()),
         "phi": {} if loss is None else {name: t.detach().clone() for name, t in loss.state_dict().items()},
         "is_zero": objective.is_zero,
         "rate": None if rate is None else rate.state_dict(),
@@ -60,7 +62,9 @@ def configuration_of(state: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(state["config"])
     if state["loss"] is not None:
         # φ is in the state, which must load where the file that it began with is not.
-        values["loss"] = LearnedLoss.rebuild(state["loss"], state["phi"])
+        values["loss"] = loss = LearnedLoss.rebuild(state["loss"], state["phi"])
+        for name, p in loss.named_parameters():
+            p.requires_grad_(name in state["learns"])
     return values
 
 
@@ -71,8 +75,16 @@ def _load(learner: Any, state: Mapping[str, Any]) -> None:
             f"the checkpoint was written with `learn={state['config'].get('learn')!r}` and this learner has "
             f"`learn={config.learn!r}`; give the configuration that it was trained with."
         )
+    given = state["config"].get("meta_optimizer")
+    if given != config.meta_optimizer:
+        raise ValueError(
+            f"the checkpoint was written with `meta_optimizer={given!r}` and this learner has "
+            f"`meta_optimizer={config.meta_optimizer!r}`; give the one that it was trained with."
+        )
     if loss is not None:
         try:
+            if loss.describe() != state["loss"]:
+                raise RuntimeError(f"it is of {state['loss']}, and this learner's is {loss.describe()}.")
             loss.load_state_dict(state["phi"])
         except RuntimeError as error:
             raise ValueError(f"the checkpoint's φ does not fit `loss={config.loss!r}`: {error}") from error
@@ -83,6 +95,11 @@ def _load(learner: Any, state: Mapping[str, Any]) -> None:
         learner._optimizer.load_state_dict(state["meta_optimizer"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the checkpoint's meta optimizer does not fit this learner: {error}") from error
+    rates = [getattr(config, name) for name, has in (("meta_lr", loss and loss.phi()), ("lr_meta_lr", rate)) if has]
+    written = [state["config"].get(name) for name in ("meta_lr", "lr_meta_lr")]
+    if written != [config.meta_lr, config.lr_meta_lr]:  # else they may be those of an offline phase
+        for group, lr in zip(learner._optimizer.param_groups, rates):
+            group["lr"] = lr
     for name in ("base_steps", "meta_steps", "answered", "is_initialised"):
         setattr(learner, name, state[name])
     learner.skipped = torch.tensor(float(state["skipped_meta_steps"]))
@@ -98,13 +115,28 @@ def _check(state: Any) -> None:
         and all(isinstance(value, Tensor) for value in state["phi"].values())
         and isinstance(state.get("meta_optimizer"), Mapping)
         and {"param_groups", "state"} <= set(state["meta_optimizer"])
-        and {"loss", "rate", "is_zero"} <= set(state)
+        and {"loss", "rate", "is_zero", "learns"} <= set(state)
         and all(type(state.get(name)) is int and state[name] >= 0 for name in _COUNTS)
         and isinstance(state.get("is_initialised"), bool)
         and isinstance(state.get("consensus"), float)
     )
     if not is_whole:
         raise ValueError(_UNREADABLE)
+
+
+def new_optimizer(name: str, groups: list[dict[str, Any]], is_free: bool) -> Optimizer:
+    """Return a meta optimizer, if asked for one that is free of the size of gradients.
+
+    Raises:
+        ValueError: If it has no use for such parameters.
+    """
+    kind = getattr(torch.optim, name)
+    eps = getattr(inspect.signature(kind).parameters.get("eps"), "default", None)
+    options = {"eps": 1e-15} if is_free and isinstance(eps, float) else {}
+    try:
+        return kind(groups or [{"params": [nn.Parameter()]}], **options)
+    except ValueError as error:
+        raise ValueError(f"`meta_optimizer={name!r}` cannot move this learned loss or rate: {error}") from error
 
 
 class Undo:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,8 +16,8 @@ from lightning_adalfl.learning.base_step import BaseStep
 from lightning_adalfl.learning.consensus import EVERY, Consensus
 from lightning_adalfl.learning.hypergradient import AllReduce, Hypergradient, Scale, Watch, hypergradient
 from lightning_adalfl.learning.learned_rate import LearnedRate
-from lightning_adalfl.learning.learner_state import Undo, configuration_of, state_of, take_over
-from lightning_adalfl.learning.recorded_forward import Predict
+from lightning_adalfl.learning.learner_state import Undo, configuration_of, new_optimizer, state_of, take_over
+from lightning_adalfl.learning.recorded_forward import Predict, RandomState
 from lightning_adalfl.learning.torch_private import norm
 from lightning_adalfl.losses.descent import Descent, Predicted
 from lightning_adalfl.losses.tasks import check_task_loss, task_named
@@ -118,7 +117,9 @@ class MetaLearner:
             if not isinstance(meta_batches, Iterator):
                 kind = type(meta_batches).__name__
                 raise TypeError(f"`meta_batches` must be an iterator, as `itertools.cycle(loader)` is one; got {kind}.")
-            self.meta_step(step, next(meta_batches))
+            batch = next(meta_batches)
+            with RandomState.capture(step.device).replayed():  # else training would draw other numbers than without it
+                self.meta_step(step, batch)
         step.clear()
         self.count_base_step(step.parameters)
 
@@ -244,10 +245,8 @@ class MetaLearner:
             groups.append({"params": list(self.loss.phi().values()), "lr": lr or self.config.meta_lr})
         if self.rate is not None:
             groups.append({"params": [self.rate.log_scale], "lr": lr or self.config.lr_meta_lr})
-        kind, groups = getattr(torch.optim, self.config.meta_optimizer), groups or [{"params": [nn.Parameter()]}]
         # The held-out loss is in the project's units, on which steps of φ must not depend.
-        is_free = self.config.own_loss and "eps" in inspect.signature(kind).parameters
-        self._optimizer: Optimizer = kind(groups, eps=1e-15) if is_free else kind(groups)
+        self._optimizer = new_optimizer(self.config.meta_optimizer, groups, is_free=self.config.own_loss)
 
     def finish_offline(self) -> None:
         """Take over what an offline phase has learned: training begins with fresh moments, and counts from zero."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,8 +68,9 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
         if isinstance(leaf, Tensor):
             return function(leaf)
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            twin = object.__new__(type(leaf))
-            twin.__dict__.update({name: map_tensors(function, item) for name, item in vars(leaf).items()})
+            twin = copy.copy(leaf)
+            for name in (f.name for f in dataclasses.fields(leaf) if hasattr(leaf, f.name)):
+                object.__setattr__(twin, name, map_tensors(function, getattr(leaf, name)))
             return twin
         return leaf
 

@@ -35,8 +35,8 @@ def _basis(pieces: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def pair_gradient(loss: LearnedLoss, pairs: Pairs) -> OutputGradient:
-    """Return ``∂ℓ_φ/∂f`` of pairs in the cheapest way: at knots where these are fewer, else at the pairs themselves."""
-    if pairs.is_binary and pairs.prediction.ndim > 1:
+    """Return ``∂ℓ_φ/∂f`` of pairs: of a smooth loss at knots where these are fewer, else at the pairs themselves."""
+    if loss.is_smooth() and pairs.is_binary and pairs.prediction.ndim > 1:
         outputs = pairs.prediction.shape[1]
         knots = KNOTS * (outputs**2 if loss.tells_apart(outputs) else 2)
         if knots + _TABLE_COST < (1.0 - _LOOKUP_COST) * pairs.prediction.numel():

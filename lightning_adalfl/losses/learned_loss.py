@@ -71,6 +71,10 @@ class LearnedLoss(nn.Module, ABC):
         """Return whether ℓ_φ differs between so many classes, dimension 1 of the pairs, or is one for all outputs."""
         return False
 
+    def is_smooth(self) -> bool:
+        """Return whether ℓ_φ is smooth in f over [0, 1], so that many pairs may be looked up between knots of it."""
+        return False
+
     def scale_(self, factor: Tensor | float) -> None:
         """Multiply ℓ_φ by a factor in place; with zero so that it can still learn.
 
@@ -124,7 +128,7 @@ class LearnedLoss(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The precision in which the loss is computed: that of φ."""
-        return next(self.parameters()).dtype
+        return next(self.parameters(), torch.empty(0)).dtype
 
     @classmethod
     def named(cls, name: str, task: str) -> LearnedLoss:
@@ -224,7 +228,7 @@ class LearnedLoss(nn.Module, ABC):
                 f"{found.get(odd)} there; save it again."
             )
         dtypes = {value.dtype for value in phi.values()}
-        if len(dtypes) != 1 or not dtypes <= {torch.float64, torch.float32, torch.bfloat16, torch.float16}:
+        if len(dtypes) > 1 or not dtypes <= {torch.float64, torch.float32, torch.bfloat16, torch.float16}:
             raise ValueError(
                 f"its φ has dtypes {sorted(map(str, dtypes))}, where one floating dtype is wanted; save it again."
             )

@@ -178,6 +178,10 @@ class LossNetwork(LearnedLoss):
         """Return whether there are embeddings for so many classes."""
         return self.sees_classes and outputs <= MAX_CLASSES
 
+    def is_smooth(self) -> bool:
+        """Return whether no activation has a corner; a subclass with a loss of its own has to say so itself."""
+        return self._is_own and "relu" not in (self.activation, self.output_activation)
+
     def pairwise(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return ℓ_φ(y_i, f_i) element-wise; where the loss sees classes they are dimension 1."""
         p, y = rows_of(prediction), rows_of(target)
@@ -201,13 +205,16 @@ class LossNetwork(LearnedLoss):
 
     def embeddings(self, classes: int) -> tuple[Tensor, Tensor]:
         """Return those of labels and of outputs, each (classes, 4)."""
-        of_labels, of_outputs = self._codes[:, :classes]
+        of_labels, of_outputs = self._codes[:, :classes].to(self.dtype)
         return self.label_embedding[:classes] + of_labels, self.output_embedding[:classes] + of_outputs
+
+    @property
+    def _is_own(self) -> bool:
+        return type(self).pairwise is LossNetwork.pairwise  # and not that of a subclass
 
     def pair_gradient(self, prediction: Tensor, target: Tensor) -> OutputGradient:
         """Return it by hand, for the paper's activation; autograd takes three times as long for so small a network."""
-        is_own = type(self).pairwise is LossNetwork.pairwise  # and not that of a subclass
-        if is_own and self.activation == "smooth_leaky_relu" and self.output_activation is None:
+        if self._is_own and self.activation == "smooth_leaky_relu" and self.output_activation is None:
             return NetworkGradient(self, prediction, target)
         return super().pair_gradient(prediction, target)
 

@@ -142,7 +142,7 @@ class Multiclass(Task):
         for name, found in (("target", labels), ("weight", shape if weight is None else tuple(weight.shape))):
             if found != shape:
                 raise ValueError(
-                    f"`{name}` must have shape {shape} for logits of shape {tuple(predictions.shape)}; got {found}."
+                    f"`{name}` must have shape {shape} for (N, C, ...) logits {tuple(predictions.shape)}; got {found}."
                 )
         if target.is_floating_point():
             return target.to(predictions.dtype), _normalised(predictions, weight, shape)

@@ -43,6 +43,10 @@ class TaylorLoss(LearnedLoss):
         """Draw φ afresh from N(0, 0.001²)."""
         nn.init.normal_(self.coefficients, std=1e-3)
 
+    def is_smooth(self) -> bool:
+        """Return that a polynomial is."""
+        return True
+
     @torch.no_grad()
     def scale_(self, factor: Tensor | float) -> None:
         """Multiply every coefficient, the centre included."""

@@ -125,10 +125,11 @@ def _units(descent: Descent, task: Task) -> Tensor:
     weight, target = pairs.weight.to(tau.dtype), pairs.target
     counts = weight.expand_as(target) / weight.expand_as(target).sum()
     target = torch.where(counts > 0, target, 0)
-    if tau.shape != predicted.predictions.shape:  # the predictions are made of several outputs
-        weight = torch.full_like(tau, 1 / max(1, len(tau)))
-    slopes = torch.where(weight > 0, tau.square() / weight, 0)
-    return torch.stack([(counts * target).sum(), (counts * target.square()).sum(), slopes.sum() / weight.sum()])
+    if tau.shape == predicted.predictions.shape:
+        slope = torch.where(weight > 0, tau.square() / weight, 0).sum() / weight.sum()
+    else:  # the predictions are another view of the outputs, or made of several
+        slope = tau.square().sum() * (weight > 0).sum()
+    return torch.stack([(counts * target).sum(), (counts * target.square()).sum(), slope])
 
 
 class _BentDescent(Descent):
@@ -274,7 +275,9 @@ def _loss_of(given: LearnedLoss | PathLike, task: str) -> tuple[LearnedLoss, boo
         return copy.deepcopy(given), False  # the configuration's may serve another learner
     path = os.fspath(given)
     if "." not in os.path.basename(path):
-        return LearnedLoss.named(path, task), False
+        loss = LearnedLoss.named(path, task)
+        # The default precision may be that of a half-precision model, in which φ would not move.
+        return loss.to(torch.promote_types(loss.dtype, torch.float32)), False
     try:
         loss = LearnedLoss.load(path)
     except (OSError, ValueError) as error:
