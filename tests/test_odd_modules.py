@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLInit
+from lightning_adalfl.adapter.module_state import ModuleState
 
 
 class Tied(Plain):
@@ -568,3 +569,14 @@ def test_what_the_forward_logs_and_counts_is_of_training_alone(offline: bool, tm
     fitting = trainer(tmp_path, max_epochs=2)
     fitting.fit(watching, *loaders(shuffle=False))
     assert fitting.logged_metrics["logit"] == watcher.logged_metrics["logit"]
+
+
+@pytest.mark.parametrize(("size", "expected"), [(10, 0.0), (2_000_000, 1.0)])
+def test_a_tensor_that_is_large_is_data_and_not_copied(size: int, expected: float) -> None:
+    module = nn.Module()
+    module.seen = torch.zeros(size)
+    state = ModuleState([module])
+    before = state.capture()
+    module.seen += 1
+    state.restore(before)
+    assert module.seen[0] == expected

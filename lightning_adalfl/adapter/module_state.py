@@ -18,6 +18,7 @@ from lightning_adalfl.learning.torch_private import version
 T = TypeVar("T")
 _CONTAINERS = (list, dict, set, deque)
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_LARGEST = 1_000_000  # elements of a tensor that may be a counter; a larger one is data, and no copy is made of it
 # What torch itself keeps there; its contents have owners of their own.
 _TORCH = frozenset(vars(nn.Module()))
 
@@ -89,7 +90,7 @@ class ModuleState:
                 attributes.pop(name, None)
                 continue
             attributes[name] = value
-            if isinstance(value, Tensor) and version(value) != content[0]:
+            if isinstance(value, Tensor) and content is not None and version(value) != content[0]:
                 value.detach().copy_(content[1])
             elif type(value) in _CONTAINERS:
                 value.clear()
@@ -118,7 +119,7 @@ def _content(value: Any) -> Any:
     if type(value) in _CONTAINERS:
         return copy.copy(value)
     if isinstance(value, Tensor):
-        return version(value), value.detach().clone()
+        return (version(value), value.detach().clone()) if value.numel() <= _LARGEST else None
     if isinstance(value, (torch.Generator, np.random.RandomState)):
         return value.get_state()
     if isinstance(value, np.random.Generator):
@@ -139,7 +140,7 @@ def _differs(now: Any, value: Any, content: Any) -> bool:
     if now is not value:
         return True
     if isinstance(value, Tensor):
-        return version(value) != content[0]
+        return content is not None and version(value) != content[0]
     if type(value) is dict:
         return value.keys() != content.keys() or any(value[key] is not content[key] for key in content)
     if type(value) in (list, deque):
