@@ -49,7 +49,7 @@ class AdaLFLConfig:
         meta_data: The held-out data of the meta-objective: ``"val"``, ``"train"``, the index of one of several
             validation loaders, or a loader. Set it where the validation data have another use.
         meta_batch_size: Instances in a meta batch; by default as many as in a training batch, or in a batch of the
-            loader that ``meta_data`` is. A loader with a sampler of its own keeps its batch size.
+            loader that ``meta_data`` is. A loader with a sampler of its own has to have that size itself.
         hypergradient: ``"forward"`` (exact), ``"finite_difference"`` (a little cheaper, and approximate),
             ``"reverse"`` (exact; a double backward), or a :class:`JacobianProduct`. Set it where an error says so.
         optimizer: Which of several optimizers takes the base step, by its index. Set it where there are several.

@@ -336,8 +336,30 @@ class Fails(Smooth):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_fit_that_fails_leaves_the_optimizer_its_own_rate(tmp_path: Any) -> None:
-    module = make(adaptive(Fails), adalfl=config(learn="lr", lr_meta_lr=0.1))
+class FailsByHand(Smooth):
+    """Fails in the closure of a step of manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+
+        def closure() -> Tensor:
+            if self.global_step == 8:
+                raise RuntimeError("stop here")
+            loss = super(FailsByHand, self).training_step(batch, batch_idx)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure=closure)
+
+
+@pytest.mark.parametrize("kind", [Fails, FailsByHand])
+def test_a_fit_that_fails_leaves_the_optimizer_its_own_rate(tmp_path: Any, kind: type) -> None:
+    module = make(adaptive(kind), adalfl=config(learn="lr", lr_meta_lr=0.1))
     fitting = trainer(tmp_path, max_epochs=4)
     with pytest.raises(RuntimeError, match="stop here"):
         fitting.fit(module, *loaders())

@@ -369,6 +369,14 @@ def test_they_are_as_large_as_training_batches_unless_told_otherwise(tmp_path: A
     assert {len(x) for x in module.held_out} == {5}
 
 
+def test_a_size_that_a_loader_with_its_own_sampler_does_not_have_is_refused(tmp_path: Any) -> None:
+    held_out = points(96, 1)
+    drawn = DataLoader(held_out, 8, sampler=WeightedRandomSampler(torch.ones(96), 96))
+    assert {len(x) for x in see(tmp_path, loaders()[0], drawn, adalfl=config(meta_batch_size=8)).held_out} == {8}
+    with pytest.raises(ValueError, match="`meta_batch_size` is 5, and the loader of held-out batches makes its own"):
+        see(tmp_path, loaders()[0], drawn, adalfl=config(meta_batch_size=5))
+
+
 def test_batchnorm_meets_a_validation_loader_of_single_instances(tmp_path: Any) -> None:
     module = make(Ada, adalfl=config())
     trainer(tmp_path).fit(module, loaders()[0], DataLoader(points(32, 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -25,11 +26,9 @@ class ManualRun(OnlineRun):
     def run_manual(self, step: Callable[[], Any], batch: Any) -> tuple[Any, Tensor | None]:
         """Run a training step of manual optimization; return its output, and a loss that it leaves to be descended."""
         way, before = self._begin(), self._own_work() if self._is_own is None else None
-        if self.learner.config.meta_every is None and self._is_checked and self.learner.objective.is_zero:
+        is_plain = self.learner.config.meta_every is None and self._is_checked and self.learner.objective.is_zero
+        with self.at_rate, nullcontext() if is_plain else self._observer.observing(batch, way):
             output = step()
-        else:
-            with self._observer.observing(batch, way):
-                output = step()
         loss = loss_of(output)
         has_loss = isinstance(loss, Tensor) and loss.requires_grad
         if self._is_own is None:

@@ -126,6 +126,16 @@ class HeldOutBatches:
 
 def meta_loader(trainer: Any, config: AdaLFLConfig) -> Any:
     """Return a loader of held-out batches, apart from the user's."""
+    found, size = _meta_loader(trainer, config), config.meta_batch_size
+    if size is not None and _batch_size(found) != size:
+        raise ValueError(
+            f"`meta_batch_size` is {size}, and the loader of held-out batches makes its own, with a sampler or in "
+            "another way. Set the size there, and leave `meta_batch_size` out."
+        )
+    return found
+
+
+def _meta_loader(trainer: Any, config: AdaLFLConfig) -> Any:
     chosen, size = config.meta_data, config.meta_batch_size or _batch_size(train_source(trainer))
     if chosen == "train":
         return train_loader(trainer, config.meta_batch_size)

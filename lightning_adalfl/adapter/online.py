@@ -35,6 +35,7 @@ class OnlineRun:
     Attributes:
         watch: What a callback wants to be called at each meta step; ``None`` for nothing.
         instances: The indices of the instances of the coming batch, if a callback wants them.
+        at_rate: While the optimizer steps, what puts its own rate back; closed too where the step fails.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class OnlineRun:
         self._reduce = mean_over_processes(self.trainer)
         self.watch: Watch | None = None
         self.instances: Any = None
-        self._at_rate = ExitStack()
+        self.at_rate = ExitStack()
         self._others: list[tuple[Tensor, Tensor]] = []
         self._unrecorded: list[Descent] = []
         self._is_checked = self._is_evaluated = False
@@ -185,13 +186,13 @@ class OnlineRun:
         self.base_step.forwards = kept
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._at_rate.enter_context(self.base_step.at_rate(optimizer))
+        self.at_rate.enter_context(self.base_step.at_rate(optimizer))
         if self.learner.is_due:
             self._refresh_if_changed()
             self.base_step.before_step()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._at_rate.close()
+        self.at_rate.close()
         step, learner = self.base_step, self.learner
         if all(p.grad is None for p in step.parameters):
             step.clear()

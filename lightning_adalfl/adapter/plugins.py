@@ -120,10 +120,8 @@ class NotedClipping:
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step as the module does; where that fails, the optimizer is not left with the learned rate."""
-        try:
+        with self._adalfl_online().at_rate:  # type: ignore[attr-defined]
             super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self._adalfl_online()._at_rate.close()  # type: ignore[attr-defined]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip where automatic optimization would: after a gradient scaler has taken its factor out."""

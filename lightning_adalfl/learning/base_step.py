@@ -126,7 +126,14 @@ class BaseStep:
         self._is_repeatable = False
 
     def forward(self, batch: Any) -> tuple[Tensor, ...]:
-        """Predict on ``batch`` at θ_t; the predictions carry the graph for the base backward."""
+        """Predict on ``batch`` at θ_t.
+
+        Returns:
+            What ``predict`` returns, (predictions, target) or those and a weight, with the graph for the base backward.
+
+        Raises:
+            ValueError: If a first batch does not fit the task, or its forward cannot be recorded.
+        """
         # Autocast keeps its casts of the parameters until its outermost context ends; those of the last step are stale.
         torch.clear_autocast_cache()
         with self.jvp.keeping(self.module) as kept:
