@@ -130,6 +130,8 @@ def friedman(
 ) -> Data:
     """Draw 3,000 rows of Friedman's functions 1 to 3; targets are scaled to [0, 1], features standardised.
 
+    What is not wrong has no noise, so that errors can be very small, and ratios of them very large.
+
     Args:
         number: Of the function.
         seed: Of the draw.

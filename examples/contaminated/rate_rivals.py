@@ -1,6 +1,6 @@
 """Rivals that train with the own loss and need no tuned learning rate, or no schedule: packages, each with one setting.
 
-The setting is what the package's README recommends; where it leaves a choice, what is said here.
+The setting is what the package's README recommends; where that leaves a choice, the docstring says which.
 """
 
 from __future__ import annotations

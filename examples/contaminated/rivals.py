@@ -164,7 +164,10 @@ def alone(run: Run) -> None:
 
 
 def fine_tuned(run: Run, robust: bool = False, part: float = 0.1) -> None:
-    """Train with the own loss; from the best step, go on with the trusted rows for a tenth as long."""
+    """Train with the own or a robust loss; the last tenth of the steps, from the best one on, is on the trusted rows.
+
+    It has the own loss there.
+    """
     run.keeps_best = True
     last = round(part * run.steps)
     loss = robust_loss(run.task) if robust else run.task.own_loss
@@ -197,7 +200,7 @@ def added_by_halves(run: Run, robust: bool = False) -> None:
 
 
 def held_out_loss(task: Task) -> Loss:
-    """Return what the library has as its meta-objective, so that rivals have no worse one."""
+    """Return the meta-objective of the rivals that have one: for classes the library's, but for its cross-entropy."""
     if task.task_loss is not None:
         return task.task_loss
     return generalised_cross_entropy if task.kind == "multiclass" else F.mse_loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ COLUMNS = {
     "ml3_relu": ("table5_activation", "ml3_relu_softplus_offline"),
     "taylor_quadratic_target_powers": ("table4_representations", "quadratic_taylor_online"),
     "taylor_cubic_target_powers": ("table4_representations", "cubic_taylor_online"),
+    "adalfl meta_data=train": ("table7_meta_objective", "training"),
 }
 LABELS = {
     "baseline": "handcrafted",
@@ -60,17 +61,28 @@ MISSING = "not run"
 NOT_RUN = "Not run; `reproduce.py` runs it."
 
 
+Columns = Mapping[str, tuple[str, str]]
+# What the paper gives another number for in the table of an ablation than in Table 1.
+OF_ACTIVATION: Columns = {
+    **COLUMNS,
+    "ml3": ("table5_activation", "ml3_smooth_leaky_relu_offline"),
+    "adalfl": ("table5_activation", "adalfl"),
+}
+OF_ABLATION: Mapping[str, Columns] = {"meta_data": {**COLUMNS, "adalfl": ("table7_meta_objective", "validation")}}
+
+
 class Block(NamedTuple):
-    """A table of the paper: its number, and the methods that are its columns."""
+    """A table of the paper: its number, the methods that are its columns, and where their numbers are."""
 
     number: str
     methods: Sequence[str]
+    columns: Columns = COLUMNS
 
 
 TABLES = (
     Block("1", ("baseline", "ml3", "metalr", "adalfl")),
     Block("4", ("taylor_quadratic_target_powers", "taylor_cubic_target_powers", "taylor_quadratic", "taylor_cubic")),
-    Block("5", ("ml3_relu", "ml3", "adalfl")),
+    Block("5", ("ml3_relu", "ml3", "adalfl"), OF_ACTIVATION),
 )
 CONTROLS = ("baseline", "baseline_tuned", "baseline_matched", "adalfl", "both", "library", "library meta_every=1")
 
@@ -130,20 +142,25 @@ def paper_row(task: str, model: str) -> str:
     return f"{task}/{'lenet5' if model.startswith('lenet5') else model}"
 
 
-def paper_number(task: str, model: str, method: str) -> list[float] | None:
-    """Return the paper's mean and standard deviation, or ``None`` where it has none or the run diverged."""
+def paper_number(task: str, model: str, method: str, columns: Columns = COLUMNS) -> list[float] | None:
+    """Return the paper's mean and standard deviation, or ``None`` where it has none or the run diverged.
+
+    Args:
+        task: A key of `tasks.TASKS`.
+        model: A key of `base_models.MODELS`.
+        method: A key of `experiment_methods.METHODS`, or a row of an ablation.
+        columns: Which table has a method, and in which column.
+    """
     row = paper_row(task, model)
     name, _, variant = method.partition(" ")
     option, _, value = variant.partition("=")
     if (option, name) in (("inner_steps", "ml3"), ("meta_lr", "adalfl")):
         table = ABLATED[option]
         return table.get(value) if table["task"] == row else None
-    if option == "meta_data":
-        table, column = PAPER["table7_meta_objective"], ("training", "validation")[value == "val"]
-    elif name in COLUMNS and not variant:
-        table, column = PAPER[COLUMNS[name][0]], COLUMNS[name][1]
-    else:
+    if method not in columns:
         return None
+    of_paper, column = columns[method]
+    table = PAPER[of_paper]
     return table[row][table["columns"].index(column)] if row in table else None
 
 
@@ -165,7 +182,7 @@ def outcome(records: Sequence[Record], decimals: int = 4) -> str:
     return f"{text} ({diverged} diverged)" if diverged else text
 
 
-def beside_the_paper(runs: Runs, methods: Sequence[str]) -> list[str]:
+def beside_the_paper(runs: Runs, methods: Sequence[str], columns: Columns = COLUMNS) -> list[str]:
     """Return a table with two lines for each row of Table 1: ours and the paper's."""
     lines = head(["", "", "seeds", *(LABELS[method] for method in methods)])
     for row, label in ROWS.items():
@@ -173,7 +190,7 @@ def beside_the_paper(runs: Runs, methods: Sequence[str]) -> list[str]:
         if not any(found):
             continue
         lines.append(line([label, "ours", seeds_of(found), *map(outcome, found)]))
-        if known := _known(row, methods):
+        if known := _known(row, methods, columns):
             lines.append(line(["", "the paper", "10", *(known.get(method, "–") for method in methods)]))
     return lines if len(lines) > 2 else [NOT_RUN]
 
@@ -190,7 +207,7 @@ def ablation(runs: Runs, name: str, rows: Sequence[str]) -> list[str]:
     columns: dict[str, dict[str, str]] = {}
     for row in was_run:
         columns[ROWS[row]] = {method: outcome(runs.of(row, method)) for method in methods}
-        columns[f"{ROWS[row]}, the paper"] = _known(row, methods)
+        columns[f"{ROWS[row]}, the paper"] = _known(row, methods, OF_ABLATION.get(name, COLUMNS))
     if name in ABLATED:
         row = ABLATED[name]["task"]
         columns[f"{ROWS[row]}, the paper"] = _known(row, methods)
@@ -199,9 +216,9 @@ def ablation(runs: Runs, name: str, rows: Sequence[str]) -> list[str]:
     return lines + [line([method, *(cells.get(method, "–") for cells in columns.values())]) for method in methods]
 
 
-def _known(row: str, methods: Sequence[str]) -> dict[str, str]:
+def _known(row: str, methods: Sequence[str], columns: Columns = COLUMNS) -> dict[str, str]:
     """Return the paper's numbers of a row, by method, where it has them."""
-    found = {method: paper_number(*row.split("/"), method) for method in methods}
+    found = {method: paper_number(*row.split("/"), method, columns) for method in methods}
     return {method: f"{number[0]:.4f} ± {number[1]:.4f}" for method, number in found.items() if number is not None}
 
 

@@ -113,7 +113,10 @@ def open_settings(runs: Runs) -> list[str]:
 
 
 BLOCKS: Mapping[str, Callable[[Runs], list[str]]] = {
-    **{block.number: (lambda runs, block=block: beside_the_paper(runs, block.methods)) for block in TABLES},
+    **{
+        block.number: (lambda runs, block=block: beside_the_paper(runs, block.methods, block.columns))
+        for block in TABLES
+    },
     "order": lambda runs: order(runs, COMPARED),
     "3": lambda runs: ablation(runs, "inner_steps", ("mnist/logistic", "mnist/lenet5")),
     "6": lambda runs: ablation(runs, "meta_lr", ("mnist/logistic", "mnist/lenet5")),
