@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_argument("--output", default=Path("learned_loss.png"), **output)
     inspect.add_argument("--classes", type=int, help="multiclass: how many classes, where the loss does not know it")
     inspect.add_argument("--alone", action="store_true", help="a saved loss: it trains alone, with own_loss=False")
-    inspect.add_argument("--targets", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="regression: targets")
-    inspect.add_argument("--error-range", type=float, default=1.0, help="regression: the largest error")
+    inspect.add_argument("--targets", type=float, nargs="+", help="regression: targets; by default as trained on")
+    inspect.add_argument("--error-range", type=float, help="regression: the largest error; likewise")
     inspect.set_defaults(run=_inspect)
     words = "list and draw which training instances hurt"
     influence = commands.add_parser("influence", help=words, epilog=f"{example.format('influence')} --rows 50")
@@ -50,10 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _inspect(options: argparse.Namespace) -> str:
     history = read(options.path, is_added=not options.alone)
-    look: dict[str, Any] = {"targets": options.targets, "error_range": options.error_range}
-    if options.classes is not None:
-        look["classes"] = options.classes
-    shapes = history.shapes(**look)
+    shapes = history.shapes(classes=options.classes, targets=options.targets, error_range=options.error_range)
     newest, loss = shapes[-1], history.loss_at(history.steps[-1])
     text = str(report(newest, loss.reduction))
     figures = {options.output: plot_history(shapes)}
@@ -72,7 +69,7 @@ def _inspect(options: argparse.Namespace) -> str:
 
 def _influence(options: argparse.Namespace) -> str:
     table = InfluenceTable.load(options.path)
-    columns, worst = table.columns(), table.ranking()[: options.rows]
+    columns, worst = table.columns(), table.ranking()[: max(options.rows, 0)]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     plot_influence(table).savefig(options.output, format="png")
     if options.csv is not None:

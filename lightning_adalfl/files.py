@@ -18,7 +18,7 @@ PathLike = str | os.PathLike[str]
 
 _KEY = "lightning_adalfl"  # one entry for all of it, since safetensors keeps several in no fixed order
 _MAX_HEADER_BYTES = 1 << 16
-_MAX_FILE_BYTES = 1 << 28
+_MAX_FILE_BYTES = 1 << 32  # an InfluenceTable of 170 million instances
 
 
 @contextmanager
@@ -29,6 +29,8 @@ def atomic_write(path: PathLike) -> Iterator[BinaryIO]:
         path: A local path, or a URL that fsspec understands, such as ``"s3://bucket/run/loss.safetensors"``.
     """
     filesystem, path = _located(path)
+    if filesystem.isdir(path):  # a move would put the file into it
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; give the path of a file.")
     filesystem.makedirs(os.path.dirname(path), exist_ok=True)
     # In the same folder, since a rename is atomic only within a file system; one for each process that writes there.
     partial = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
@@ -47,6 +49,12 @@ def exists(path: PathLike) -> bool:
     return bool(filesystem.isfile(path))
 
 
+def within(path: PathLike, name: str) -> PathLike:
+    """Return the path of the file ``name`` where ``path`` is a folder, else ``path``."""
+    filesystem, place = _located(path)
+    return os.path.join(path, name) if filesystem.isdir(place) else path
+
+
 def remove(path: PathLike) -> None:
     """Delete a file."""
     filesystem, path = _located(path)
@@ -62,12 +70,11 @@ def read_bytes(path: PathLike) -> bytes:
     """
     filesystem, place = _located(path)
     if not filesystem.isfile(place):
-        raise FileNotFoundError(f"cannot read {path}: there is no such file; check the path.")
-    with filesystem.open(place, "rb") as file:
-        data = file.read(_MAX_FILE_BYTES + 1)
-    if len(data) > _MAX_FILE_BYTES:
+        what = "it is a folder; name the file" if filesystem.isdir(place) else "there is no such file; check the path"
+        raise FileNotFoundError(f"cannot read {path}: {what}.")
+    if (filesystem.size(place) or 0) > _MAX_FILE_BYTES:
         raise ValueError(f"cannot read {path}: it has more than {_MAX_FILE_BYTES:,} bytes; give another file.")
-    return data
+    return bytes(filesystem.cat_file(place))
 
 
 def _located(path: PathLike) -> tuple[Any, str]:
@@ -156,6 +163,9 @@ def _header_bytes(data: bytes) -> int:
 
 def _content(path: PathLike, data: bytes) -> dict[str, Any]:
     size = _header_bytes(data)
+    if data.startswith(b"PK\x03\x04"):
+        remedy = "take its learned loss by `lightning_adalfl.inspection.read(path).loss_at(0)` and `save` it"
+        raise ValueError(f"cannot read {path}: it is a zip archive, as checkpoints are; {remedy}.")
     if size > min(_MAX_HEADER_BYTES, len(data) - 8):
         raise ValueError(_corrupt(path, f"its header of {size:,} bytes is cut off or too large"))
     try:

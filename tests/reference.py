@@ -21,6 +21,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
 from lightning_adalfl.learning import BaseStep, Hypergradient, JacobianProduct, hypergradient
+from lightning_adalfl.learning.base_step import BaseForward
 from lightning_adalfl.learning.recorded_forward import RandomState, RecordedForward
 from lightning_adalfl.losses import LearnedLoss, LossNetwork
 from lightning_adalfl.losses.descent import Predicted
@@ -354,8 +355,9 @@ class Problem:
                 return self.outputs(step.module, batch[0])
 
         leaves = [o.detach().requires_grad_() for o in outputs]
-        recorded = RecordedForward(replay, random_state, buffers, [o.detach() for o in outputs], batch[1])
-        step.observe(recorded, Predicted(outputs, leaves, self.from_outputs(leaves), batch[1]))
+        recorded = RecordedForward(replay, random_state, buffers, [o.detach() for o in outputs])
+        predicted = Predicted(outputs, leaves, self.from_outputs(leaves), batch[1])
+        step.forwards.append(BaseForward(recorded, predicted))
         return outputs
 
     def by_engine(self, method: str | JacobianProduct) -> Hypergradient:

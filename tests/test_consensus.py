@@ -70,7 +70,9 @@ def test_the_half_of_an_inner_loop_goes_through_all_of_its_steps() -> None:
         optimizer.zero_grad()
         step.descend(learner.objective, F.cross_entropy).backward()
         step.step()
-    found = hypergradient(steps, learner.task_loss, (x, y), halves=True).half
+    whole = hypergradient(steps, learner.task_loss, (x, y), halves=True)
+    torch.testing.assert_close(whole.direction, hypergradient(steps[-1], learner.task_loss, (x, y)).direction)
+    found = whole.half
     for name, value in hypergradient(steps, learner.task_loss, (x[::2], y[::2])).loss.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
 
@@ -106,6 +108,15 @@ def test_where_the_halves_disagree_nothing_moves_and_the_loss_gets_smaller(loss:
     assert float(consensus.mean) == pytest.approx(-1.0, abs=0.02)
     assert float(loss.pairwise(*pairs).detach().abs().sum()) < 0.1 * size
     assert not has_moved(consensus, loss)
+
+
+def test_a_gradient_that_is_not_finite_makes_the_loss_no_smaller() -> None:
+    consensus, loss = Consensus(), LossNetwork("regression")
+    consensus.look(*gradients(1.0, -1.0), loss)
+    assert float(consensus.mean) < 0
+    before = loss.linear[-1].weight.detach().clone()
+    consensus.look(*gradients(float("nan"), 1.0), loss)
+    assert torch.equal(loss.linear[-1].weight, before)
 
 
 class Scaled(LearnedLoss):

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from projects import Ada, config, loaders, make, trainer
 
-from lightning_adalfl import AdaLFLConfig, LossShapeLogger
+from lightning_adalfl import AdaLFLConfig, LossHistory, LossNetwork, LossShapeLogger
 from lightning_adalfl.__main__ import main
 from lightning_adalfl.inspection import diagnose
 
@@ -49,6 +49,32 @@ def test_a_run_is_described_from_its_folder_and_from_its_checkpoint(
         "What to do:\n- Hardly any shape is learned yet.",
     ):
         assert part in said[0], part
+
+
+def test_a_checkpoint_may_have_any_name_and_may_be_sharded(tmp_path: Path) -> None:
+    path = train(tmp_path)
+    other = path.with_name("model.pt")
+    path.rename(other)
+    assert "Turning regions" in diagnose(other)
+    path.mkdir()
+    other.rename(path / "meta.pt")  # beside it are the shards of the parameters
+    for given in (path, tmp_path):
+        assert "Turning regions" in diagnose(given)
+
+
+def test_the_users_own_table_does_not_hide_the_scalars(tmp_path: Path) -> None:
+    train(tmp_path, TensorBoardLogger(tmp_path, name="", version=""))
+    (tmp_path / "metrics.csv").write_text("accuracy\n1\n")
+    assert "adalfl/evidence: " in diagnose(tmp_path)
+
+
+def test_how_far_phi_has_gone_leaves_out_the_units(tmp_path: Path) -> None:
+    loss, history = LossNetwork("regression", bias=True), LossHistory()
+    history.append(0, loss)
+    loss.take_units(torch.tensor(300.0), torch.tensor(100.0), torch.tensor(50.0))
+    history.append(10, loss)
+    history.save(tmp_path / "loss_history.safetensors")
+    assert "From step 0 to 10 φ has gone 0 times its first length." in diagnose(tmp_path)
 
 
 def test_the_shape_is_of_the_newest_file(tmp_path: Path) -> None:

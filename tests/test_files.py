@@ -76,6 +76,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(path: Path, monkeyp
     assert os.listdir(path.parent) == [path.name]
 
 
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_a_folder_is_no_place_for_a_file(place: str, path: Path) -> None:
+    where: Any = path.parent if place == "local" else "memory://folder"
+    write_tensors(f"{where}/file.safetensors", "thing", 1, {}, TENSORS)
+    with pytest.raises(IsADirectoryError, match=r"cannot write .*folder: it is a folder; give the path of a file"):
+        write_tensors(where, "thing", 1, {}, TENSORS)
+    assert path.parent.exists() == (place == "local")
+    assert place == "memory" or os.listdir(where) == ["file.safetensors"]
+
+
+def test_a_table_of_twelve_million_instances_can_be_written() -> None:
+    assert files._MAX_FILE_BYTES > 12_000_000 * 24
+
+
 @pytest.mark.parametrize(("bound", "size"), [("_MAX_FILE_BYTES", 100), ("_MAX_HEADER_BYTES", 20)])
 def test_what_could_not_be_read_again_is_not_written(
     bound: str, size: int, path: Path, monkeypatch: pytest.MonkeyPatch

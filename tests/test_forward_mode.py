@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torchvision import models
 
 from lightning_adalfl.learning import BaseStep, hypergradient
-from lightning_adalfl.learning.forward_mode import PrimalTape, _RecordPrimals, _ReplayPrimals
+from lightning_adalfl.learning.forward_mode import PrimalTape, _RecordPrimals, _ReplayPrimals, _weight_norm
 from lightning_adalfl.losses import LossNetwork
 from lightning_adalfl.losses.training_objective import LearnedAlone
 
@@ -315,3 +315,9 @@ def meta_step(name: str, method: str, dtype: torch.dtype) -> Tensor:
     step.step()
     found = hypergradient(step, F.cross_entropy, meta)
     return torch.cat([g.flatten() for g in found.loss.values()])
+
+
+@pytest.mark.parametrize(("dim", "shape"), [(0, (4, 1, 1)), (1, (1, 3, 1)), (-1, ())])
+def test_weight_norm_along_any_dimension(dim: int, shape: tuple[int, ...]) -> None:
+    v, g = torch.randn(4, 3, 2), torch.rand(shape)
+    torch.testing.assert_close(_weight_norm(v, g, dim), torch._weight_norm(v, g, dim))

@@ -174,6 +174,18 @@ def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
         LossHistory.load(tmp_path / "nowhere.safetensors")
 
 
+def test_a_folder_a_checkpoint_and_a_loss_in_their_place_are_told_apart(tmp_path: Path) -> None:
+    line(3).save(tmp_path / NAME)
+    assert LossHistory.load(tmp_path).steps == line(3).steps
+    checkpoint = tmp_path / "last.ckpt"
+    torch.save({"adalfl": {}}, checkpoint)
+    for read_it in (LossHistory.load, LossNetwork.load):
+        with pytest.raises(ValueError, match="it is a zip archive, as checkpoints are; take its learned loss"):
+            read_it(checkpoint)
+    with pytest.raises(FileNotFoundError, match="it is a folder; name the file"):
+        LossNetwork.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

@@ -34,7 +34,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations
 from torch.optim import SGD, Optimizer, Rprop
 from torch.utils.checkpoint import checkpoint
 
-from lightning_adalfl.learning import BaseStep, ForwardModeError, JacobianProduct, hypergradient
+from lightning_adalfl.learning import BaseStep, DoubleBackward, ForwardModeError, JacobianProduct, hypergradient
 from lightning_adalfl.learning.optimizer_vjp import ClipByNorm, ClipByValue
 from lightning_adalfl.losses.descent import LearnedGradient
 
@@ -353,7 +353,10 @@ def test_inner_loops_of_models(name: str) -> None:
 
 
 @pytest.mark.parametrize("clip", [by_norm, by_value])
-def test_an_inner_loop_with_clipping(clip: Any) -> None:
+@pytest.mark.parametrize("is_none", [True, False])
+def test_an_inner_loop_with_clipping(clip: Any, is_none: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the next step of the loop clears the gradient in place."""
+    monkeypatch.setattr(SGD, "zero_grad", functools.partialmethod(SGD.zero_grad, set_to_none=is_none))
     Problem(inner=3, clip=functools.partial(clip, 0.05)).check()
 
 
@@ -700,9 +703,40 @@ def test_a_step_is_used_in_its_order() -> None:
     step.forward(problem.meta_batch)
     step.step()  # a forward that is not descended has no part in the step
     assert len(step.forwards) == 1
+    with torch.no_grad():
+        found = hypergradient(step, problem.task_loss, problem.meta_batch)
+    torch.testing.assert_close(found.loss, hypergradient(step, problem.task_loss, problem.meta_batch).loss)
+    other = BaseStep(model, optimizer)
+    for is_backward in (False, True):
+        loss = other.descend(problem.trained, F.cross_entropy(*other.forward(problem.meta_batch)))
+        if is_backward:
+            loss.backward()
+            optimizer.zero_grad()
+        other.step()
+        assert not other.is_recorded
+        other.clear()
     step.forwards[0].descent.scale = None
     with pytest.raises(ValueError, match=r"has no backward; call `descend\(...\).backward\(\)` on each"):
         hypergradient(step, problem.task_loss, problem.meta_batch)
+
+
+def test_what_holds_of_a_first_step_is_not_looked_at_again() -> None:
+    """A check of the predictions reads them, and one of the forward costs another."""
+    problem, checks = Problem(), []
+
+    class Counted(DoubleBackward):
+        def check(self, *given: Any) -> None:
+            checks.append("forward")
+            super().check(*given)
+
+    model, optimizer = problem.start()
+    step = BaseStep(model, optimizer, jvp=Counted(), check=lambda predicted: checks.append("predictions"))
+    for _ in range(2):
+        step.descend(problem.trained, F.cross_entropy(*step.forward(problem.meta_batch))).backward()
+        step.step()
+        hypergradient(step, problem.task_loss, problem.meta_batch)
+        step.clear()
+    assert checks == ["predictions", "forward"]
 
 
 def test_models_and_optimizers_that_do_not_fit() -> None:

@@ -26,6 +26,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from lightning_adalfl import AdaLFLConfig, InfluenceLogger
 from lightning_adalfl.__main__ import main
 from lightning_adalfl.adapter.recorded_indices import indices_of, record
+from lightning_adalfl.callbacks import influence_logger
 from lightning_adalfl.inspection import InfluenceTable
 from lightning_adalfl.inspection.target_scores import other_targets, target_scores
 from lightning_adalfl.losses.tasks import task_named
@@ -415,6 +416,19 @@ def test_a_million_instances_take_24_megabytes(tmp_path: Path) -> None:
     assert (tmp_path / "influence.safetensors").stat().st_size < 24_001_000
 
 
+def test_numbers_beyond_a_million_are_written_whole(tmp_path: Path) -> None:
+    sums = torch.ones(1_000_002, 6)
+    InfluenceTable("binary", sums, torch.zeros(0, 1, 5), torch.zeros(0, 0)).to_csv(tmp_path / "i.csv")
+    assert (tmp_path / "i.csv").read_text().splitlines()[-1].startswith("1000001,")
+
+
+def test_a_table_of_which_nothing_was_seen_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = InfluenceTable("binary", torch.zeros(4, 6), torch.zeros(0, 1, 5), torch.zeros(0, 0))
+    table.save(tmp_path / "influence.safetensors")
+    assert main(["influence", str(tmp_path), "--output", str(tmp_path / "a.png")]) == 1
+    assert "no instance was seen by a meta step" in capsys.readouterr().err
+
+
 def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, _ = flipped(96)
     found(DataLoader(data, 16), make(AdaSmooth, adalfl=WATCHED), tmp_path)
@@ -455,6 +469,32 @@ def test_a_module_says_which_instances_a_stream_holds(tmp_path: Path) -> None:
     assert table.mean("seen").tolist() == [2.0] * 96
 
 
+class InColumn(ByNumber):
+    """Says it in a column."""
+
+    def adalfl_index(self, batch: Any) -> Any:
+        return batch[2].unsqueeze(1)
+
+
+def test_numbers_may_stand_in_a_column(tmp_path: Path) -> None:
+    table = found(by_sampler(batch_size=16), make(adaptive(InColumn), adalfl=WATCHED), tmp_path)
+    assert table.mean("seen").tolist() == [2.0] * 96
+
+
+class Nameless(Smooth):
+    """Gives none."""
+
+    def adalfl_index(self, batch: Any) -> None:
+        return
+
+
+class Named(Numbered):
+    """The same by name."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(int(index))[:2]
+
+
 class Fewer(Smooth):
     """Leaves one out."""
 
@@ -486,6 +526,8 @@ class Real(Indexed):
         (Indexed, lambda: DataLoader(Stream(), 16), None, "`size` is needed where the data have no length"),
         (Indexed, lambda: by_sampler(batch_size=16), 90, r"from 0 to 89; got tensor\(\[80"),
         (Real, lambda: by_sampler(batch_size=16), None, "indices must be whole numbers from 0 to 95"),
+        (Nameless, lambda: loaders()[0], None, "indices must be whole numbers from 0 to 95; got None"),
+        (Smooth, lambda: DataLoader(Named(), 16, sampler=[*map(str, range(96))]), None, r"to 95; got \['0', '1'"),
         (Fewer, lambda: loaders()[0], None, "there are 15 indices for a batch of 16 instances"),
     ],
 )
@@ -494,6 +536,87 @@ def test_what_cannot_be_told_apart_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         found(train(), make(adaptive(kind), adalfl=WATCHED), tmp_path, InfluenceLogger(size))
+
+
+def test_a_checkpoint_of_other_data_is_refused_and_one_that_is_tested_begins_no_run(tmp_path: Path) -> None:
+    logger, module = InfluenceLogger(), make(AdaSmooth, adalfl=WATCHED)
+    fit = plain_trainer(tmp_path, callbacks=[logger, Keep(tmp_path)])
+    fit.fit(module, *loaders())
+    checkpoint = tmp_path / "epoch=0.ckpt"
+    other, more = plain_trainer(tmp_path, callbacks=[InfluenceLogger()]), DataLoader(points(112), 16)
+    with pytest.raises(ValueError, match="the checkpoint has 96 instances, and there are 112; resume with as many"):
+        other.fit(make(AdaSmooth, adalfl=WATCHED), more, loaders()[1], ckpt_path=checkpoint)
+    fit.validate(module, loaders()[1], ckpt_path=checkpoint, verbose=False)
+    table = found(loaders()[0], make(AdaSmooth, adalfl=WATCHED), tmp_path, logger)
+    assert table.mean("seen").tolist() == [2.0] * 96
+
+
+class OneInAList(Smooth):
+    """Has one loader in a list."""
+
+    def adalfl_predict(self, batch: Any) -> tuple[Tensor, Tensor]:
+        x, y = batch[0] if isinstance(batch[0], list) else batch
+        return self(x), y
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch[0], batch_idx)
+
+
+def test_one_loader_in_a_list_is_left_as_it_was(tmp_path: Path) -> None:
+    train = loaders()[0]
+    sampler = train.batch_sampler
+    table = found([train], make(adaptive(OneInAList), adalfl=WATCHED), tmp_path, InfluenceLogger(96))
+    assert table.mean("seen").tolist() == [2.0] * 96
+    assert train.batch_sampler is sampler
+
+
+class Frozen(Looks):
+    """Has a layer that stays as it is used, and takes images of any size."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__(lr)
+        self.model.insert(0, nn.AdaptiveAvgPool2d(6))
+        self.model[4].eval()
+
+
+class OfTwoSizes(Pictures):
+    """Squares in images of two sizes."""
+
+    def __getitem__(self, index: int) -> Any:
+        image, target = super().__getitem__(index)
+        return image[..., index % 2 :], target
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module")
+@pytest.mark.parametrize(("data", "size"), [(Pictures, 16), (OfTwoSizes, 1)])
+def test_drawing_images_leaves_modes_alone_and_sizes_may_differ(data: Any, size: int, tmp_path: Path) -> None:
+    module = make(adaptive(Frozen), adalfl=config(learn="nothing", meta_batch_size=size))
+    train, held_out = (DataLoader(data(count), size) for count in (32, 16))
+    plain_trainer(tmp_path, callbacks=[InfluenceLogger()]).fit(module, train, held_out)
+    assert not module.model[4].training
+    assert (tmp_path / "influence_images.png").exists() == (size > 1)
+
+
+def test_a_process_that_writes_nothing_predicts_for_the_images_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that `fully_shard` has sharded predicts in all processes at once, or waits for ever."""
+    asked: list[Any] = []
+    monkeypatch.setattr(influence_logger, "writes", lambda trainer: False)
+    monkeypatch.setattr(influence_logger, "shown", lambda module, chosen: asked.append(chosen))
+    found(loaders()[0], make(AdaSmooth, adalfl=WATCHED), tmp_path)
+    assert len(asked) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_probes_grow_with_the_processes() -> None:
+    """A run of two processes goes on from one of a single one."""
+    one = influence_logger._Sums(4, {})
+    one.update_probes(0, torch.ones(2, 3, 5), torch.ones(2, 2), 2, False)
+    two = influence_logger._Sums(4, one.copies())
+    two.update_probes(2, torch.ones(2, 3, 5), torch.ones(2, 2), 4, False)
+    assert torch.equal(two.probes, torch.ones(4, 3, 5))
+    assert torch.equal(two.probe_weights, torch.ones(4, 2))
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 2, 3)])

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_adalfl import LearnedLoss, LossNetwork
-from lightning_adalfl.inspection import LossPath, LossReport, LossShape, loss_shape, report
+from lightning_adalfl import LearnedLoss, LossHistory, LossNetwork
+from lightning_adalfl.inspection import LossPath, LossReport, LossShape, loss_shape, plot_heatmap, report
 
 TASKS = ("multiclass", "binary", "multilabel", "regression")
 
@@ -110,6 +110,18 @@ def test_regression_is_looked_at_over_errors_and_on_a_grid_of_pairs() -> None:
     np.testing.assert_allclose(values, 2 * (predictions - targets[:, None]) ** 2, atol=1e-4)
 
 
+def test_a_loss_that_knows_the_units_of_the_data_is_looked_at_in_these() -> None:
+    loss = LossNetwork("regression", sees_error=True)
+    history = LossHistory()
+    history.append(0, loss)
+    loss.take_units(torch.tensor(300.0), torch.tensor(100.0), torch.tensor(50.0))
+    history.append(10, loss)
+    for shape in (loss_shape(loss), *history.shapes(targets=None)):
+        assert [path.name for path in shape.paths] == ["target 200", "target 300", "target 400"]
+        assert shape.paths[0].x[-1] == 100
+    assert history.shapes(1, targets=(1.0,), error_range=2.0)[0].paths[0].x[-1] == 2
+
+
 def test_looking_changes_nothing_and_sees_neither_inference_mode_nor_autocast() -> None:
     loss = class_network(3)
     state = torch.get_rng_state()
@@ -154,6 +166,18 @@ def test_a_value_that_would_be_driven_away_is_drawn_as_left_where_it_is() -> Non
         np.testing.assert_allclose(path.loss[outside] - path.loss[len(path.x) // 2], 0.5, atol=1e-2)
         inside = np.abs(path.x) < 0.99
         np.testing.assert_allclose(path.slope[inside], (2 * path.x - 2 * path.x**3)[inside], atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_where_nothing_pulls_the_loss_is_level_and_lowest_at_the_target(side: int) -> None:
+    """On one side of the target the slope would turn round, and is drawn as none."""
+    shape = loss_shape(Formula("regression", lambda f, y: 7 * side * (f - y) * (y + 2)), is_added=True)
+    for path in shape.paths:
+        assert np.ptp(path.loss[path.x * side < -0.01]) == 0
+        assert np.ptp(path.loss[path.x * side > 0.01]) > 1
+    assert report(shape).lowest == pytest.approx((0.0, 0.0, 0.0), abs=0.021)
+    (lowest,) = (line for line in plot_heatmap(shape).axes[0].lines if line.get_label() == "lowest loss")
+    np.testing.assert_allclose(lowest.get_xdata(), lowest.get_ydata(), atol=0.03)
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_computed_in_the_precision_of_phi_under_autocast_too(representation: str
         (LossNetwork, {"sees_error": True}, "`sees_error` is for task 'regression', where targets are values; g"),
         (TaylorLoss, {"order": "quartic"}, "`order` must be one of 'quadratic', 'cubic'; got 'quartic'"),
         (TaylorLoss, {"form": "both"}, "`form` must be one of 'target_powers', 'prediction_powers'; got 'both'"),
-        (SmoothLeakyReLU, {"gamma": -0.1}, "`gamma` must be positive; got -0.1"),
+        (SmoothLeakyReLU, {"gamma": -0.1}, "`gamma` must lie in [0, 1), the slope of the leak; got -0.1"),
         (SmoothLeakyReLU, {"gamma": 1.0}, "`gamma` must lie in [0, 1), the slope of the leak; got 1.0"),
         (SmoothLeakyReLU, {"gamma": float("nan")}, "`gamma` must be finite; got nan"),
         (SmoothLeakyReLU, {"beta": 0.0}, "`beta` must be positive; got 0.0"),
@@ -418,6 +418,18 @@ def test_phi_that_does_not_fit(value: Tensor, message: str, path: Path) -> None:
     forge(path, {"coefficients": value})
     with pytest.raises(ValueError, match=f"cannot read .*loss.safetensors: .*{message}"):
         LearnedLoss.load(path)
+
+
+def test_phi_of_two_precisions_does_not_fit() -> None:
+    loss = LossNetwork("binary")
+    phi = {**loss.state_dict(), "linear.0.weight": torch.zeros(40, 2, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"dtypes .'torch.float32', 'torch.float64'., where one floating dtype is wa"):
+        LearnedLoss.rebuild(loss.describe(), phi)
+
+
+def test_on_the_meta_device_it_has_a_shape() -> None:
+    loss = LossNetwork("binary").to("meta")
+    assert loss(torch.zeros(3, device="meta"), torch.zeros(3, device="meta")).shape == ()
 
 
 PLAIN = """

@@ -186,6 +186,13 @@ def test_drawing_takes_no_more_than_its_share_of_the_time(tmp_path: Path, monkey
     assert drawing_at(tmp_path, monkeypatch, 2.0, 10.0) == [0, 10, 20, 24]
 
 
+def test_figures_at_fixed_intervals_do_not_wait_for_a_snapshot(tmp_path: Path) -> None:
+    logger = LossShapeLogger(figure_every=5)
+    fit(tmp_path, [logger], logger=CSVLogger(tmp_path))
+    assert pngs(tmp_path) == [0, 5, 10, 12]
+    assert logger.history.steps == [0, 12]
+
+
 class AtEnd(Checkpoint):
     """Saves a checkpoint when training ends."""
 

@@ -120,23 +120,46 @@ class Adversarial(Manual):
         self.untoggle_optimizer(second)
 
 
+class Generating(Adversarial):
+    """Predicts once more for the discriminator, without a graph, and counts and logs each prediction."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        if self.training:
+            self.log("size", logits.detach().square().mean(), on_step=False, on_epoch=True)
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, y), (first, second) = batch, self.optimizers()
+        with second.toggle_model():
+            second.zero_grad()
+            self.manual_backward(F.cross_entropy(self(x), y))
+            second.step()
+        with first.toggle_model():
+            first.zero_grad()
+            self.manual_backward(F.softplus(self.discriminator(self(x).detach())).mean())
+            first.step()
+
+
 def fit(tmp_path: Any, kind: Any, adalfl: AdaLFLConfig | None = None, **options: Any) -> Any:
     module = make(kind) if adalfl is None else make(kind, adalfl=adalfl)
     trainer(tmp_path, **options).fit(module, *loaders(shuffle=False))
     return module
 
 
-OWN_STEPS = [Manual, ByClosure, EverySecond, TwiceABatch, RawOptimizer, Skips, TwoOptimizers, Adversarial]
+OWN_STEPS = [Manual, ByClosure, EverySecond, TwiceABatch, RawOptimizer, Skips, TwoOptimizers, Adversarial, Generating]
 
 
 @pytest.mark.parametrize("kind", OWN_STEPS)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_module_that_steps_itself_trains_as_without_the_mixin(tmp_path: Any, kind: Any, precision: str) -> None:
-    chosen = {TwoOptimizers: 0, Adversarial: 1}.get(kind)
+    chosen = {TwoOptimizers: 0, Adversarial: 1, Generating: 1}.get(kind)
     plain = fit(tmp_path, kind, precision=precision)
     watching = AdaLFLConfig("multiclass", learn="nothing", meta_every=1, optimizer=chosen)
     module = fit(tmp_path, adaptive(kind), watching, precision=precision)
     assert_same(tensors(module), tensors(plain))
+    logged = plain.trainer.callback_metrics
+    assert_same({name: module.trainer.callback_metrics[name] for name in logged}, logged)
     assert module.trainer.global_step == plain.trainer.global_step
     steps = {EverySecond: 6, TwiceABatch: 24, Skips: 8}.get(kind, 12)
     assert (module.adalfl.base_steps, module.adalfl.meta_steps) == (steps, steps)

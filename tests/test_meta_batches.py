@@ -316,7 +316,7 @@ class Itself(IterableDataset):
 
 @pytest.mark.parametrize(
     ("loader", "name"),
-    [(once(), "generator"), (DataLoader(Itself()), "Itself"), (3, "int")],
+    [(once(), "generator"), (DataLoader(Itself()), "Itself")],
     ids=lambda v: str(type(v)),
 )
 def test_what_can_be_gone_through_only_once_is_refused(loader: Any, name: str) -> None:
@@ -324,10 +324,17 @@ def test_what_can_be_gone_through_only_once_is_refused(loader: Any, name: str) -
         private_copy(loader, "the test")
 
 
+@pytest.mark.parametrize("given", [3, numbers(3)])
+def test_a_data_set_is_no_loader(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"the test is \w+, which is no loader.*Give a loader"):
+        private_copy(given, "the test")
+
+
 def test_an_empty_loader_is_reported() -> None:
-    batches = EndlessBatches(lambda: DataLoader(numbers(3), 4, drop_last=True), 0)
-    with pytest.raises(ValueError, match="held-out batches gave none; is its data set empty"):
-        next(batches)
+    for loader in (DataLoader(numbers(3), 4, drop_last=True), private_copy(DataLoader(numbers(0), 4), "the test")):
+        batches = EndlessBatches(lambda loader=loader: loader, 0)
+        with pytest.raises(ValueError, match="held-out batches gave none; is its data set empty"):
+            next(batches)
 
 
 # In a fit: which data, and how large.

@@ -409,6 +409,37 @@ def test_a_hypergradient_that_is_not_finite_changes_nothing_and_is_counted(optio
     assert int(learner.skipped) == 1
 
 
+def test_a_task_loss_that_is_not_finite_counts_though_its_gradient_is() -> None:
+    def task_loss(f: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(f, y) + torch.nan
+
+    learner = MetaLearner(config(task_loss=task_loss))
+    before = phi(learner)
+    run(learner, 3)
+    assert (same(phi(learner), before), int(learner.skipped)) == (True, 1)
+
+
+def test_a_move_that_phi_does_not_survive_is_taken_back() -> None:
+    learner = MetaLearner(config(meta_optimizer="SGD", meta_lr=1e38))
+    before = phi(learner)
+    run(learner, 3)
+    assert (same(phi(learner), before), int(learner.skipped)) == (True, 1)
+
+
+@pytest.mark.parametrize("learn", ["loss", "lr", "both"])
+def test_units_are_taken_once_and_what_has_no_shape_stays_the_users_own(learn: str) -> None:
+    learner = MetaLearner(config(learn=learn, lr_meta_lr=0.1))
+    run(learner, 3)
+    unit = None if learner.loss is None else learner.loss.unit.clone()
+    run(learner, 3)
+    assert unit is None or torch.equal(learner.loss.unit, unit)
+    assert learner.objective.is_zero == (learn == "lr")
+    assert learner.last_step.direction is None
+    if learn == "lr":
+        assert float(learner.scalars["adalfl/implied_lr"]) == pytest.approx(0.1 * learner.lr_scale)
+        assert learner.lr_scale != 1
+
+
 def test_ignored_targets_have_no_part_in_anything() -> None:
     learner = MetaLearner(config(ignore_index=-100, own_loss=False))
     x, y = next(batches(1))
@@ -477,6 +508,7 @@ def test_an_offline_phase_counts_no_base_steps_and_its_state_is_whole() -> None:
     """One move a meta step; and the training after it begins with fresh moments, and a full first interval."""
     learner, moves = MetaLearner(config()), []
     learner.start(lr=0.5)
+    learner.consensus.mean = torch.tensor(0.5)
     learner._optimizer.register_step_post_hook(lambda *_: moves.append(1))
     assert [group["lr"] for group in learner._optimizer.param_groups] == [0.5]
     for k, (batch, meta_batch) in enumerate(zip(batches(1), itertools.islice(batches(2), 3))):
@@ -485,6 +517,7 @@ def test_an_offline_phase_counts_no_base_steps_and_its_state_is_whole() -> None:
         assert same(phi(MetaLearner.from_state(learner.state_dict())), phi(learner))
     learner.finish_offline()
     assert (learner.is_initialised, learner.meta_steps, learner.scalars) == (True, 0, {})
+    assert float(learner.consensus.mean) == 0
     assert (learner._optimizer.state, learner._optimizer.param_groups[0]["lr"]) == ({}, 1e-2)
     learner._optimizer.register_step_post_hook(lambda *_: moves.append(1))
     run(learner, 3)
@@ -513,6 +546,13 @@ def test_it_follows_the_model_with_all_that_it_has_learned(monkeypatch: pytest.M
     assert plain(learner.state_dict()["meta_optimizer"]) == before
     assert [id(p) for group in learner._optimizer.param_groups for p in group["params"]] == held
     assert learner.to("cpu") is learner
+
+
+def test_what_is_logged_is_of_the_device_that_it_was_learned_on() -> None:
+    learner = MetaLearner(config())
+    run(learner, 3)
+    learner.to("meta")
+    assert learner.scalars["adalfl/learned_loss"].device.type == "cpu"
 
 
 # The learned rate.
@@ -582,6 +622,18 @@ def test_a_rate_that_is_too_low_rises_and_one_too_high_falls(lr: float) -> None:
     assert rates[0] == lr
     assert rates[-1] == pytest.approx(lr * learner.lr_scale, rel=0.2)
     assert optimizer.param_groups[0]["lr"] == lr
+
+
+def test_a_rate_that_is_set_during_a_step_stays() -> None:
+    """As a closure may set one."""
+    rate, optimizer = LearnedRate(1), torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    rate.log_scale.data.fill_(1.0)
+    for given in (None, 0.3):
+        with rate.applied_to(optimizer):
+            scaled = optimizer.param_groups[0]["lr"]
+            optimizer.param_groups[0]["lr"] = given or scaled
+        assert scaled == pytest.approx(0.1 * rate.scale)
+        assert optimizer.param_groups[0]["lr"] == (given or 0.1)
 
 
 # What a loop of one's own may get wrong.

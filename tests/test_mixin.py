@@ -511,6 +511,34 @@ def test_steps_leave_nothing_behind(tmp_path: Any, every: int | None, accumulate
     assert max(alive) <= alive[0] + 2 * accumulate
 
 
+class StepsOnEven(Smooth):
+    """Goes backward on each batch, and steps on every other."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.step(closure=closure)
+        else:
+            closure()
+
+
+def test_a_batch_without_a_step_takes_no_meta_step_away_and_leaves_nothing_behind(tmp_path: Any) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), Descent) for thing in gc.get_objects())
+
+    before, module = alive(), fit(tmp_path, make(adaptive(StepsOnEven), adalfl=config()), max_epochs=3)
+    assert module.adalfl.meta_steps == module.adalfl.base_steps == 9
+    assert alive() <= before + 1
+
+
+def test_a_module_may_be_built_without_data(tmp_path: Any) -> None:
+    plain = make(Smooth)
+    with torch.device("meta"):
+        module = adaptive(Smooth)(adalfl=config())
+    module.to_empty(device="cpu").load_state_dict(plain.state_dict())
+    assert fit(tmp_path, module).adalfl.meta_steps == 12
+
+
 @pytest.mark.parametrize("name", ["setup", "on_fit_start", "on_train_batch_end", "configure_gradient_clipping"])
 def test_a_hook_that_would_switch_a_part_off_is_refused(name: str) -> None:
     with pytest.raises(TypeError, match=rf"Own.{name} hides that of AdaLFLMixin in Own; move it to a base class right"):

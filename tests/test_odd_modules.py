@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_adalfl import AdaLFLConfig, AdaLFLInit
 from lightning_adalfl.adapter.module_state import ModuleState
+from lightning_adalfl.losses.training_objective import BentLoss
 
 
 class Tied(Plain):
@@ -142,6 +143,33 @@ class Grows(Plain):
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == 1:
             self.model[2] = nn.Linear(16, 16)
+
+
+class OtherHead(Smooth):
+    """Calls its parts one by one, and exchanges the last of them when the second epoch begins."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model[2](torch.tanh(self.model[0](x)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.forward(batch[0]), batch[1])
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.model[2] = nn.Linear(8, CLASSES)
+            self.optimizers().param_groups[0]["params"] = list(self.parameters())
+
+
+def test_a_part_that_is_exchanged_is_seen_before_the_next_meta_step(tmp_path: Any, monkeypatch: Any) -> None:
+    descend, shapes = BentLoss.descend, []
+
+    def descended(self: BentLoss, own_loss: Tensor, predicted: Any) -> Any:
+        shapes.append([tuple(output.shape) for output in predicted.outputs])
+        return descend(self, own_loss, predicted)
+
+    monkeypatch.setattr(BentLoss, "descend", descended)
+    trainer(tmp_path).fit(make(adaptive(OtherHead), adalfl=config(meta_every=5)), *loaders())
+    assert shapes[-6:] == [[(16, CLASSES)]] * 6
 
 
 class Forces(Smooth):

@@ -460,6 +460,16 @@ def test_a_file_of_another_number_of_processes_is_not_taken_over(tmp_path: Path,
         fit(tmp_path)
 
 
+def test_a_run_at_another_base_rate_has_a_file_of_its_own(tmp_path: Path) -> None:
+    paths = []
+    for rate in (1e-3, 3e-3):
+        callback = AdaLFLInit(steps=0)
+        module = make(Ada, lr=rate, adalfl=config())
+        trainer(tmp_path, fast_dev_run=1, callbacks=[callback]).fit(module, *loaders())
+        paths.append(OfflineFile(module.trainer, callback._settings(module, 0)).path)
+    assert paths[0] != paths[1]
+
+
 @pytest.mark.parametrize("other", [{"seed": 1}, {"lr": 2e-3}, {"inner_steps": 2}, {"steps": 21}], ids=str)
 def test_a_run_with_other_settings_has_a_file_of_its_own(tmp_path: Path, stop_at: Any, other: dict[str, Any]) -> None:
     path = interrupted(tmp_path, stop_at)

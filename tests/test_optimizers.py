@@ -56,6 +56,7 @@ from lightning_adalfl.learning.optimizer_vjp import (
     optimizer_vjp,
 )
 from lightning_adalfl.learning.shadow_optimizer import OptimizerError
+from lightning_adalfl.losses.training_objective import OwnLoss
 
 STEPS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     **OPTIMIZERS,
@@ -119,6 +120,12 @@ def test_the_difference_of_two_steps(name: str, warm: int) -> None:
 
 
 @pytest.mark.parametrize("warm", [0, 3])
+def test_a_shadow_of_sgd_takes_its_first_momentum_alone_from_the_gradient(warm: int) -> None:
+    """As that of a user's subclass does."""
+    assert relative_error(*stepped("dampening", warm, torch.float64, _Shadow)) < 1e-6
+
+
+@pytest.mark.parametrize("warm", [0, 3])
 @pytest.mark.parametrize("kind", [Adam, AdamW, RMSprop, Adagrad, NAdam, Adadelta, Adamax])
 def test_the_whole_step_with_the_default_epsilon(kind: type[Optimizer], warm: int) -> None:
     """The first step is nearly the gradient's sign, too steep for differences; the unrolled step sees it."""
@@ -147,11 +154,34 @@ def test_a_gradient_of_exactly_zero(kind: type[Optimizer], warm: int) -> None:
     problem.check(unrolled=False)
 
 
+@pytest.mark.parametrize("way", METHODS)
+def test_an_exact_way_keeps_elements_of_zero_gradient(way: str) -> None:
+    """The gradient may be zero where predictions do depend on the weight."""
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    model = nn.Module()
+    model.weight = weight
+    optimizer = Adam([weight], eps=1e-2)
+    step = BaseStep(model, optimizer, lambda batch: (batch * weight, batch), way)
+    predictions, _ = step.forward(torch.ones(3, 2))
+    step.descend(OwnLoss(), predictions[:, 1].sum()).backward()
+    step.step()
+    _, (u,) = step.vjp([torch.ones(2)])
+    assert (bool(u[0]), bool(u[1])) == (way != "finite_difference", True)
+
+
 @pytest.mark.parametrize("kind", [Adam, RMSprop])
 def test_a_difference_is_not_led_astray_by_zero_gradients(kind: type[Optimizer]) -> None:
     """At the default ε, u would be many orders larger at such weights, and the move along it would go nowhere else."""
     problem = Problem(optimizer=lambda model: kind(model.parameters()), draw=with_dead_inputs, warm=3)
     assert relative_error(*(flat(problem.by_engine(m).loss) for m in ("finite_difference", "forward"))) < 1e-4
+
+
+@pytest.mark.parametrize(("gradient", "vector"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_a_difference_of_two_steps_stays_finite_where_there_is_nothing_to_see(gradient: float, vector: float) -> None:
+    p = nn.Parameter(torch.ones(3))
+    vjp = _Difference(RMSprop([p]), [p])
+    _, (u,) = vjp([0], [p.detach()], [torch.full((3,), gradient)], [torch.full((3,), vector)])
+    assert torch.isfinite(u).all()
 
 
 # Optimizers of a user's own.
@@ -275,6 +305,7 @@ MATRIX_STEPS: list[tuple[Any, dict[str, Any]]] = [
     (Muon, {"lr": 0.1}),
     (Muon, {"lr": 0.1, "nesterov": False, "momentum": 0.5, "adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.0}),
     (Adafactor, {"lr": 0.1}),
+    (Adafactor, {"lr": 0.9}),
     (Adafactor, {"lr": 0.1, "d": 1.0, "beta2_decay": -0.3, "weight_decay": 0.2, "maximize": True}),
 ]
 

@@ -70,6 +70,8 @@ def test_by_hand_equals_autograd(
     task = SHAPES[kind][0]
     more = {"sees_classes": sees and task == "multiclass", "sees_error": sees and task == "regression"}
     loss, prediction, target = drawn(kind, hidden=hidden, bias=bias, **more)
+    for unit, value in ((loss.unit, 0.7), (loss.center, 0.2), (loss.spread, 1.5)):
+        unit.fill_(value if unit is loss.unit or task == "regression" else float(unit))
     monkeypatch.setitem(output_gradient.CHUNKS, "cpu", chunk)
     found = loss.pair_gradient(prediction, target)
     assert type(found) is NetworkGradient
@@ -121,6 +123,8 @@ def test_other_losses_go_through_autograd() -> None:
         assert type(loss.pair_gradient(*pairs)) is AutogradGradient
     assert type(Renamed("regression").pair_gradient(*pairs)) is NetworkGradient
     loss = Squared("regression")
+    assert not loss.is_smooth()
+    assert Renamed("regression").is_smooth()
     found = loss.pair_gradient(*pairs)
     assert_same(found, AutogradGradient(loss.pairwise, loss.phi(), *pairs), 1e-6)
 
@@ -195,6 +199,8 @@ def test_the_knots_serve_until_phi_moves() -> None:
     torch.testing.assert_close(moved, at_pairs(pairs.prediction, pairs.target).value, rtol=1e-4, atol=1e-5)
     loss.unit.fill_(3.0)
     torch.testing.assert_close(pair_gradient(loss, pairs).value, 3 * moved)
+    loss.linear[2].weight.data = 2 * loss.linear[2].weight.data
+    torch.testing.assert_close(pair_gradient(loss, pairs).value, 6 * moved)
     assert copy.deepcopy(LossNetwork("multiclass")).known is None
     del loss.pair_gradient
     assert loss.known is not None

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_adalfl.learning import torch_private
-from lightning_adalfl.learning.recorded_forward import RandomState, RandomStream, TorchState
+from lightning_adalfl.learning.recorded_forward import Model, RandomState, RandomStream, TorchState
 
 CPU = torch.device("cpu")
 
@@ -282,3 +282,17 @@ def test_norm_and_dot_over_lists() -> None:
     z, w = torch.randn(2, 3, dtype=torch.complex64).unbind()
     expected = (torch.view_as_real(z) * torch.view_as_real(w)).sum().double()
     torch.testing.assert_close(torch_private.dot([z], [w]), expected)
+
+
+def test_a_buffer_of_two_modules_is_one_in_a_run_too() -> None:
+    count, module = torch.zeros(()), nn.ModuleList([nn.Module(), nn.Module()])
+    for part in module:
+        part.register_buffer("count", count)
+
+    def counted() -> Tensor:
+        module[0].count.add_(1)
+        return module[1].count
+
+    model = Model(module, [], lambda batch: batch)
+    assert float(model.run(counted, model.buffers())) == 1
+    assert float(count) == 0

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_adalfl.losses.tasks import BOUNDED_EXPONENT, BOUNDED_LEAK, task_named
+from lightning_adalfl.losses.tasks import BOUNDED_EXPONENT, BOUNDED_LEAK, check_task_loss, task_named
 
 NAN = float("nan")
 INTEGERS = [torch.uint8, torch.int32, torch.int64]
@@ -182,6 +182,7 @@ REFUSED = [
     ("multiclass", torch.zeros(3, 4, **LONG), torch.zeros(3, **LONG), "`predictions` must be floating point (raw log"),
     ("regression", torch.zeros(3, dtype=torch.complex64), torch.zeros(3), "`predictions` must be floating point"),
     ("regression", torch.zeros(3), torch.zeros(3, dtype=torch.complex64), "`target` must be real; got torch.complex64"),
+    ("binary", torch.zeros(()), torch.zeros(()), "at least one instance; got shape ()"),
     ("regression", torch.zeros(0, 2), torch.zeros(0, 2), "at least one instance; got shape (0, 2)"),
     ("multiclass", torch.zeros(3), torch.zeros(3, **LONG), "One logit an instance is task 'binary'"),
     ("multiclass", torch.zeros(3, 4), torch.zeros(2, **LONG), "`target` must have shape (3,)"),
@@ -214,6 +215,11 @@ def test_values_out_of_range(name: str, predictions: Tensor, target: Tensor, mes
     if target.is_floating_point():  # what is not finite is the user's own business
         task_named(name).check_values(predictions, torch.full_like(target, NAN))
     task_named(name).check_values(predictions * NAN, target)
+
+
+@pytest.mark.parametrize("target", [0.0, torch.inf, NAN])
+def test_a_task_loss_that_does_not_change_with_a_factor_is_no_sum(target: float) -> None:
+    check_task_loss(F.mse_loss, torch.zeros(3, 1), torch.full((3, 1), target), None)
 
 
 def test_other_refusals() -> None:

@@ -176,6 +176,8 @@ def test_only_the_gradient_of_the_loss_is_bent_and_only_once() -> None:
     released.release()
     assert torch.equal(torch.autograd.grad(own, leaf)[0], plain)
     assert (released.scale, released.is_reached, released.predicted.outputs) == (None, False, [])
+    assert released.loss.grad_fn is None
+    assert not released.own[0].any()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -309,6 +311,7 @@ def test_a_loss_of_ones_own_bends_too() -> None:
 def test_the_unit_is_the_same_in_whatever_view_the_predictions_are_given(view: Callable[[Tensor], Tensor]) -> None:
     """A language model's outputs are (N, T, C), and the classes of predictions are dimension 1."""
     outputs, target = torch.randn(6, 5, 4, requires_grad=True), torch.randint(4, (6, 5))
+    target[:, 3:] = -100
     leaf = outputs.detach().requires_grad_()
     direct = outputs.detach().transpose(1, 2).clone().requires_grad_()
     units = []
@@ -317,9 +320,67 @@ def test_the_unit_is_the_same_in_whatever_view_the_predictions_are_given(view: C
         (Predicted.direct(direct, target), direct),
     ]:
         objective = BentLoss(LossNetwork("multiclass"), is_zero=True)
+        objective.loss.pairing = task_named("multiclass", -100)
         descent = objective.descend(F.cross_entropy(own, target), predicted)
         descent.loss.backward()
         objective.take_units([descent], None)
         units.append(objective.loss.unit)
     assert units[0] != 1.0
     torch.testing.assert_close(*units)
+
+
+def test_where_the_users_slope_is_zero_there_is_nothing_to_learn() -> None:
+    """m is then zero whatever φ is."""
+    loss, f, y = problem("multiclass")
+    loss.scale_(0.0)
+    descent, (found,) = descended(BentLoss(loss), f.sum() * 0.0, Predicted.direct(f, y))
+    assert not found.any()
+    assert float(descent.implied_scale()) == 0
+    assert not any(v.any() for v in descent.vjp([torch.randn_like(f)]).values())
+
+
+def test_targets_that_are_all_alike_have_no_spread() -> None:
+    """Rounding would make the variance of these less than zero."""
+
+    class Told(LossNetwork):
+        def take_units(self, center: Tensor, spread: Tensor, slope: Tensor) -> None:
+            self.told = float(center), float(spread)
+
+    f, y = torch.randn(7, 1, requires_grad=True) * 1.0, torch.full((7, 1), 0.7)
+    objective = BentLoss(loss := Told("regression"), is_zero=True)
+    descent, _ = descended(objective, F.mse_loss(f, y), Predicted.direct(f, y))
+    objective.take_units([descent], None)
+    assert loss.told == pytest.approx((0.7, 0.0))
+
+
+def test_a_value_that_the_users_loss_does_not_mind_may_be_moved_by_the_learned_one() -> None:
+    """Such as one within the margin of a loss that has one: its slope of zero has no direction to turn round."""
+    loss, f, y = problem("regression")
+    loss.scale_(0.0)
+    own = torch.where(torch.arange(6).unsqueeze(1) < 3, f, 0.0).square().mean()
+    descent, _ = descended(BentLoss(loss), own, Predicted.direct(f, y))
+    h = torch.zeros_like(f).index_fill(0, torch.tensor([4, 5]), 1.0)
+    assert any(v.any() for v in descent.vjp([h]).values())
+
+
+def test_outputs_that_autograd_gives_one_gradient_are_bent_each_by_itself() -> None:
+    loss, y = LossNetwork("multiclass"), torch.randint(3, (5,))
+    loss.linear[-1].weight.data.mul_(1e3)
+    outputs = [torch.randn(5, 3, requires_grad=True) * 1.0 for _ in range(2)]
+    leaves = [o.detach().requires_grad_() for o in outputs]
+    predicted = Predicted(outputs, leaves, leaves[0] + leaves[1], y)
+    _, found = descended(BentLoss(loss), F.cross_entropy(outputs[0] + outputs[1], y), predicted)
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("make", [BentLoss, LearnedAlone])
+def test_a_factor_beyond_half_precision_is_no_overflow(make: Any) -> None:
+    """The norm of a slope, and the factor itself, may be beyond it where every element is not."""
+    found = []
+    for dtype, factor in ((torch.float16, 2.0**18), (torch.float32, 1.0)):
+        torch.manual_seed(0)
+        loss, f, y = problem("multiclass", dtype=torch.float32)
+        half = f.detach().to(dtype).requires_grad_() * 1.0
+        own = own_loss(loss, half.float(), y)
+        found.append(descended(make(loss), own, Predicted.direct(half, y), factor)[1][0] / factor)
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-4, check_dtype=False)

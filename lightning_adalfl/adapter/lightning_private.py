@@ -33,6 +33,9 @@ def lightning() -> ModuleType:
         return importlib.import_module(PACKAGES[1])
 
 
+Callback: Any = lightning().Callback
+
+
 def is_a(value: object, *names: str) -> bool:
     """Return whether a value's class has one of these names, or derives from one that has, in either package."""
     return any(base.__name__ in names for base in type(value).__mro__)

@@ -45,7 +45,7 @@ class ManualRun(OnlineRun):
         self._backwards += 1
         step = self.base_step
         if step.forwards and not any(p.grad is not None and p.grad.any() for p in step.parameters):
-            step.clear()
+            step.keep(None)
         found = self._observer.found(is_certain=False) if self._observer.has_calls else None
         if found is None or not depends(loss, found[0].outputs):
             backward(loss)

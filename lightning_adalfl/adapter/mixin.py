@@ -73,7 +73,8 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
     def __init__(self, *args: Any, adalfl: AdaLFLConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         config = config_from(adalfl)
         plain_super(AdaLFLMixin, self).__init__(*args, **kwargs)  # type: ignore[misc]
-        self.adalfl = None if config is None else MetaLearner(config)
+        with torch.device("cpu"):  # the module may be built on a device without data, or whose numbers would be drawn
+            self.adalfl = None if config is None else MetaLearner(config)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -249,8 +250,8 @@ class AdaLFLMixin(PlainHyperparameters, ManualOptimization, NotedClipping):
     def _adalfl_learner(self) -> MetaLearner:
         if self.adalfl is None:
             raise ValueError(
-                f"{type(self).__name__} has no configuration to learn with; give one: "
-                f"{type(self).__name__}(..., adalfl=AdaLFLConfig(task='multiclass'))."
+                f"{type(self).__name__} has no configuration to learn with; give one: {type(self).__name__}(..., "
+                "adalfl=AdaLFLConfig(task='multiclass')), or `--model.adalfl.task=multiclass` on the command line."
             )
         return self.adalfl
 

@@ -74,7 +74,6 @@ class ObservedCalls:
         calls: Those observed since :meth:`forget`.
         way: Says what of each call is kept for an evaluation; ``None`` for nothing.
         answers: The calls that have been answered, in their order.
-        has_run: Whether a module has run in place of being answered.
         is_spoilt: Whether the last step has changed an output of which it got no copy.
     """
 
@@ -93,7 +92,7 @@ class ObservedCalls:
         self.calls: list[Call] = []
         self.way: JacobianProduct | None = None
         self.answers: list[Call] = []
-        self.has_run = self.is_spoilt = False
+        self.is_spoilt = False
 
     def _handle(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._depth or self._on_call is None:
@@ -163,17 +162,18 @@ class ObservedCalls:
         return is_new
 
     @contextmanager
-    def answering(self, choose: Callable[[Sequence[Call], tuple[Any, ...], dict[str, Any]], Call]) -> Iterator[None]:
+    def answering(self, choose: Callable[..., Call], before: Callable[[], None]) -> Iterator[None]:
         """Answer the calls in the body with leaves in place of what was observed; others run as they are.
 
         Args:
             choose: Returns the one of several observed calls of a module that is meant, given the arguments.
+            before: Is called before one that was not observed runs.
         """
 
         def answered(module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             left = [c for c in self.calls if c.module is module and not c.is_answered]
             if not left or not torch.is_grad_enabled():
-                self.has_run = True
+                before()
                 return call(*args, **kwargs)
             known = choose(left, args, kwargs)
             known.is_answered = True

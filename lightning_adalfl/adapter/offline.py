@@ -184,8 +184,7 @@ def draw_parameters(module: nn.Module) -> None:
 @contextmanager
 def untouched(module: Any) -> Iterator[None]:
     """Give back parameters, buffers, gradients, modes, attributes and random states as they were before the body."""
-    with torch.no_grad():
-        before = {name: tensor.detach().clone() for name, tensor in _state(module).items()}
+    before = {name: tensor.detach().clone() for name, tensor in _state(module).items()}
     gradients = [(p, p.grad) for p in module.parameters()]
     modes = [(m, m.training) for m in module.modules()]
     kept = ModuleState(module.modules())

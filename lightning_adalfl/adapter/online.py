@@ -104,7 +104,8 @@ class OnlineRun:
 
     def _refresh_if_changed(self) -> None:
         # A callback may have unfrozen layers, which the optimizer trains from now on, or pruned weights.
-        if self.learner.is_due and not self.base_step.forwards and self._structure_now() != self._structure:
+        is_used = self.learner.is_due or not self.learner.objective.is_zero
+        if is_used and not self.base_step.forwards and self._structure_now() != self._structure:
             self._refresh()
 
     # In the training step.
@@ -122,10 +123,9 @@ class OnlineRun:
         with self._observer.observing(batch, way):
             output = step()
         loss = loss_of(output)
-        found = None
+        descent = None
         if isinstance(loss, Tensor) and loss.requires_grad and not self._observer.is_spoilt:  # or it skips the batch
-            found = self._observer.found(loss)
-        descent = None if found is None else self._descent(loss, found)
+            descent = self._descent(loss, self._observer.found(loss))  # type: ignore[arg-type]
         self._observer.end()
         return output, descent
 
@@ -133,10 +133,8 @@ class OnlineRun:
         """Make ready for a training step; return the way in which its forward will be evaluated again, if it will."""
         self._release()
         step = self.base_step
-        # Of a step that ended in an error, nothing is left to go backward from.
-        step.forwards = [f for f in step.forwards if f.descent is not None and f.descent.scale is not None]
-        if step.forwards and all(p.grad is None for p in step.parameters):
-            step.clear()  # as the user has done, in whatever way
+        # Of a step that ended in an error, nothing is left to go backward from; nor where gradients were cleared.
+        step.keep(None if all(p.grad is None for p in step.parameters) else True)
         self._refresh_if_changed()
         torch.clear_autocast_cache()
         return self._way
@@ -182,8 +180,7 @@ class OnlineRun:
 
     def zero_grad(self) -> None:
         """Forget the forwards whose gradients are about to be cleared."""
-        kept = [f for f in self.base_step.forwards if f.descent is not None and f.descent.scale is None]
-        self.base_step.forwards = kept
+        self.base_step.keep(False)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.at_rate.enter_context(self.base_step.at_rate(optimizer))

@@ -79,9 +79,10 @@ def unrecorded(loader: Any) -> Any:
 
 
 def forget(loader: Any) -> None:
-    """Make a loader what it was before :func:`record`."""
-    if isinstance(getattr(loader, "batch_sampler", None), RecordedIndices):
-        _put(loader, loader.batch_sampler._sampler)
+    """Make a loader, or several, what they were before :func:`record`."""
+    for one in getattr(loader, "flattened", [loader]):
+        if isinstance(getattr(one, "batch_sampler", None), RecordedIndices):
+            _put(one, one.batch_sampler._sampler)
 
 
 def indices_of(iterator: Any, batch_idx: int) -> list[Any]:
@@ -105,21 +106,29 @@ def indices_of(iterator: Any, batch_idx: int) -> list[Any]:
 
 @torch.no_grad()
 def shown(module: Any, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return images, predictions and targets of chosen instances; ``None`` if the training data have no images.
+    """Return images, predictions and targets of chosen instances; ``None`` if there are no images of one size.
 
     Args:
         module: The user's module, in its run.
         chosen: Indices of the training data set.
     """
-    loader, was_training = train_source(module.trainer), module.training
+    loader, modes = train_source(module.trainer), [(part, part.training) for part in module.modules()]
+    if not isinstance(loader, DataLoader):
+        return None
     with RandomState.capture(module.device).replayed():
-        batch = transferred(module, loader.collate_fn([loader.dataset[i] for i in chosen]), False)
+        rows = [loader.dataset[i] for i in chosen]
+        try:
+            rows = loader.collate_fn(rows)
+        except RuntimeError:  # images of several sizes, which came one by one
+            return None
+        batch = transferred(module, rows, False)
         images = next((t for t in tensors_in(batch) if t.ndim == 4 and t.shape[1] in (1, 3)), None)
         if images is None:
             return None
         module.eval()
         predictions, target, *_ = module.adalfl_predict(batch)
-        module.train(was_training)
+        for part, mode in modes:  # each by itself: a frozen part may be in another
+            part.training = mode
     return images, predictions, target
 
 

@@ -136,7 +136,7 @@ class StepObserver:
         for call in self._calls.calls:
             call.is_answered = False
         self._loss = loss
-        with self._put_back(), torch.enable_grad(), self._calls.answering(self._chosen):
+        with self._put_back() as exchange, torch.enable_grad(), self._calls.answering(self._chosen, exchange):
             predictions, target, *weight = self._predict(map_tensors(lambda t: t, self._batch))
         wanted = self._cut(predictions, is_certain)
         if not wanted and not is_certain:
@@ -182,18 +182,22 @@ class StepObserver:
         return self._wanted[shape]
 
     @contextmanager
-    def _put_back(self) -> Iterator[None]:
-        """Leave random states and the modules' attributes, in the first step their buffers too, as the step did."""
+    def _put_back(self) -> Iterator[Callable[[], None]]:
+        """Leave logs, random states and attributes as the step did; buffers too, once what is yielded is called."""
         is_whole = self._is_first or self._draws_elsewhere
         random = (RandomState if is_whole else TorchState).capture(self._device)
         state = self._state.capture()
-        # Exchanged, since writing values back in place would spoil the graph of the step.
-        is_exchanged = self._is_first or self._calls.has_run
-        buffers = [(m, dict(m._buffers)) for m in self._calls.modules if m._buffers] if is_exchanged else []
-        for module, own in buffers:
-            module._buffers.update({name: None if b is None else b.clone() for name, b in own.items()})
+        buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+
+        def exchange() -> None:
+            # Exchanged, since writing values back in place would spoil the graph of the step.
+            for module in self._calls.modules if not buffers else ():
+                buffers.append((module, own := dict(module._buffers)))
+                module._buffers.update({name: None if b is None else b.clone() for name, b in own.items()})
+
         try:
-            yield
+            with unlogged(self._module):
+                yield exchange
         finally:
             for module, own in buffers:
                 module._buffers.update(own)
@@ -265,9 +269,8 @@ class StepObserver:
             copied = map_tensors(lambda t: t, batch)
             return calls.evaluate(lambda: self._predict(copied), answers, wanted, using)
 
-        outputs, (target, weight) = [o.detach() for o in predicted.outputs], (predicted.target, predicted.weight)
-        replayed = state.replayed(replay, start["state"])
-        return RecordedForward(replayed, start["random"], start["buffers"], outputs, target, weight)
+        outputs, replayed = [o.detach() for o in predicted.outputs], state.replayed(replay, start["state"])
+        return RecordedForward(replayed, start["random"], start["buffers"], outputs)
 
 
 def _has_parameters(predictions: Tensor) -> bool:

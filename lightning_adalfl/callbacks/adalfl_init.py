@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.nn.parameter import UninitializedParameter
 from tqdm.auto import tqdm
 
-from lightning_adalfl.adapter.lightning_private import lightning
+from lightning_adalfl.adapter.lightning_private import Callback
 from lightning_adalfl.adapter.meta_batches import train_loader
 from lightning_adalfl.adapter.offline import OfflinePhase, untouched
 from lightning_adalfl.adapter.plugins import gathered
@@ -27,8 +27,6 @@ from lightning_adalfl.files import atomic_write, exists, read_bytes, remove
 
 _FORMAT_VERSION = 2
 _SAME = 1e-3  # relative; the first meta step of the same run differs by less, on a device that sums in any order
-
-Callback: Any = lightning().Callback
 
 
 class AdaLFLInit(Callback):
@@ -141,8 +139,7 @@ class AdaLFLInit(Callback):
                     if (saved := file.load(first)) is not None:
                         phase.load_state_dict(saved["phase"])
                         done = saved["step"]
-                is_last = done == steps > self.save_every
-                if file.is_enabled and (done % self.save_every == 0 or is_last):
+                if file.is_enabled and (done % self.save_every == 0 or done == steps > self.save_every):
                     file.save({"step": done, "first": first, "phase": phase.state_dict()})
                 if done % 10 == 1 and not bar.disable:
                     bar.set_postfix(task_loss=f"{float(task_loss):.4g}", refresh=False)
@@ -153,6 +150,7 @@ class AdaLFLInit(Callback):
             "config": pl_module.adalfl.config.to_dict(),
             "module": type(pl_module).__qualname__,
             "seed": seed,
+            "rates": [float(g["lr"]) for o in pl_module.trainer.optimizers for g in o.param_groups],
             **{name: getattr(self, name) for name in ("steps", "lr", "inner_steps", "reset")},
         }
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_adalfl.adapter.lightning_private import lightning, train_iterator, train_source, when_loaded
+from lightning_adalfl.adapter.lightning_private import Callback, train_iterator, train_source, when_loaded
 from lightning_adalfl.adapter.meta_batches import HeldOutBatches
 from lightning_adalfl.adapter.recorded_indices import REMEDY, forget, indices_of, record, shown
 from lightning_adalfl.adapter.refusals import learner_of
@@ -22,8 +22,6 @@ from lightning_adalfl.files import atomic_write
 from lightning_adalfl.inspection.figures import plot_images, plot_influence
 from lightning_adalfl.inspection.influence import COLUMNS, INFLUENCE_FILE, InfluenceTable
 from lightning_adalfl.inspection.target_scores import other_targets, target_scores
-
-Callback: Any = lightning().Callback
 
 _PROBE_BATCHES, _PROBE_ROWS = 4, 64  # held-out instances that are scored with wrong targets too
 _SHOWN = 20  # images at either end
@@ -51,7 +49,7 @@ class InfluenceLogger(Callback):
 
     The table is written at the end of every epoch to ``influence.safetensors`` in the log folder of the first logger
     (``default_root_dir`` without one). A resumed run goes on from the checkpoint. At the end of training a histogram
-    goes to every logger under ``adalfl/influence``, and for images the 20 worst and best under
+    goes to every logger under ``adalfl/influence``, and for images of one size the 20 worst and best under
     ``adalfl/influence_images``; both are beside the table as PNG files.
 
     Instances are told apart by what the loader's batch sampler draws. Where that does not tell, give the module a
@@ -64,8 +62,8 @@ class InfluenceLogger(Callback):
         table: As of the last epoch's end, over all processes.
 
     Raises:
-        TypeError: If the module has no AdaLFLMixin, or a sampler draws no whole numbers.
-        ValueError: If there are no meta steps, or the instances cannot be told apart.
+        TypeError: If the module has no AdaLFLMixin.
+        ValueError: If there are no meta steps, the instances cannot be told apart, or a checkpoint has others.
 
     Example::
 
@@ -91,7 +89,7 @@ class InfluenceLogger(Callback):
             return
         if learner_of(pl_module, "InfluenceLogger").config.meta_every is None:
             raise ValueError("InfluenceLogger looks on at meta steps; set `AdaLFLConfig(meta_every=1)`.")
-        self._sums, self._held_out, self._course = None, None, _Course()
+        self._sums, self._state, self._held_out, self._course = None, {}, None, _Course()
         if not hasattr(pl_module, "adalfl_index"):
             when_loaded(trainer, record)
 
@@ -104,12 +102,15 @@ class InfluenceLogger(Callback):
                 raise ValueError("`size` is needed where the data have no length: `InfluenceLogger(size=...)`.")
             # One process goes on from the sums of all, and the others from zero.
             state = {k: t if trainer.is_global_zero else torch.zeros_like(t) for k, t in self._state.items()}
-            self._sums = _Sums(self.size or len(data), state).to(pl_module.device)  # type: ignore[arg-type]
-            self._state = {}
+            size = self.size or len(data)  # type: ignore[arg-type]
+            if (known := len(state.get("sums", range(size)))) != size:
+                raise ValueError(f"the checkpoint has {known} instances, and there are {size}; resume with as many.")
+            self._sums, self._state = _Sums(size, state).to(pl_module.device), {}
+        last = len(self._sums.sums) - 1
         try:
-            index, last = torch.as_tensor(found), len(self._sums.sums) - 1
+            index = torch.as_tensor(found).flatten()
             is_known = not index.is_floating_point() and 0 <= int(index.min()) <= int(index.max()) <= last
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             is_known = False
         if not is_known:
             raise ValueError(f"indices must be whole numbers from 0 to {last}; got {str(found)[:50]}. {REMEDY}")
@@ -128,10 +129,11 @@ class InfluenceLogger(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the figures."""
         self.on_train_epoch_end(trainer, pl_module)
-        if self._sums is None or not writes(trainer) or len(self.table.ranking()) < 2:
+        if self._sums is None or len(self.table.ranking()) < 2:
             return
+        # Drawn by every process, since those of a sharded module predict together.
         figures = {"influence": plot_influence(self.table), "influence_images": self._images(pl_module)}
-        for name, figure in figures.items():
+        for name, figure in figures.items() if writes(trainer) else ():
             if figure is not None:
                 with atomic_write(os.path.join(run_dir(trainer), f"{name}.png")) as file:
                     figure.savefig(file, format="png")
@@ -216,10 +218,10 @@ class InfluenceLogger(Callback):
         if found is None:
             return None
         images, f, y = found
-        captions = [f"#{i}" for i in chosen]
+        captions, said = [f"#{i}" for i in chosen], "row"
         if module.adalfl.task.name == "multiclass" and f.ndim == 2 and y.ndim == 1:
-            captions = [f"{target} / {predicted}" for target, predicted in zip(y.tolist(), f.argmax(1).tolist())]
-        return plot_images(images.float().cpu().numpy(), captions, self.table.label_quality()[chosen].tolist())
+            captions, said = [f"{t} / {p}" for t, p in zip(y.tolist(), f.argmax(1).tolist())], "target / prediction"
+        return plot_images(images.float().cpu().numpy(), captions, self.table.label_quality()[chosen].tolist(), said)
 
 
 class _Sums(Metric):
@@ -240,9 +242,11 @@ class _Sums(Metric):
         self.sums.index_add_(0, index, _with_means(values, self.sums[index]) if is_over else values)
 
     def update_probes(self, first: int, scores: Tensor, weights: Tensor, size: int, is_over: bool) -> None:
-        if not len(self.probes):
-            self.probes = self.sums.new_zeros(size, *scores.shape[1:])
-            self.probe_weights = self.sums.new_zeros(size, weights.shape[1])
+        missing = size - len(self.probes)  # all, or those of processes that the run did not have before
+        if missing > 0:
+            for name, shape in (("probes", scores.shape[1:]), ("probe_weights", weights.shape[1:])):
+                old = getattr(self, name).reshape(-1, *shape)
+                setattr(self, name, torch.cat([old, old.new_zeros(missing, *shape)]))
         rows = self.probes[first : first + len(scores)]
         rows += _with_means(scores, rows) if is_over else scores
         self.probe_weights[first : first + len(scores)] += weights

@@ -9,15 +9,13 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_adalfl.adapter.lightning_private import lightning, wants_logs
+from lightning_adalfl.adapter.lightning_private import Callback, wants_logs
 from lightning_adalfl.adapter.refusals import learner_of
 from lightning_adalfl.callbacks.figure_logging import log_figure, run_dir, writes
 from lightning_adalfl.checks import positive_number, whole_number
 from lightning_adalfl.inspection.figures import plot_heatmap, plot_history
 from lightning_adalfl.inspection.history import FILE_NAME, LossHistory
 from lightning_adalfl.inspection.loss_shape import checked_targets
-
-Callback: Any = lightning().Callback
 
 _GROWTH = 1.5  # from one figure to the next, in base steps
 _TIME_SHARE = 0.02  # of the training time, for drawing
@@ -50,8 +48,8 @@ class LossShapeLogger(Callback):
         max_snapshots: Upper bound on the snapshots, of about 11 kB each.
         figure_every: Base steps from one figure to the next; ``None`` for the policy above.
         resolution: Points of each curve.
-        targets: For regression, the targets to look at, in the units of the data.
-        error_range: For regression, errors from -error_range to error_range are looked at.
+        targets: For regression, the targets to look at, in the units of the data; by default around their mean.
+        error_range: For regression, errors up to this are looked at; by default the targets' standard deviation.
 
     Attributes:
         history: What has been kept so far, in the process of rank zero.
@@ -71,8 +69,8 @@ class LossShapeLogger(Callback):
         max_snapshots: int = 64,
         figure_every: int | None = None,
         resolution: int = 101,
-        targets: Sequence[float] = (0.0, 0.5, 1.0),
-        error_range: float = 1.0,
+        targets: Sequence[float] | None = None,
+        error_range: float | None = None,
     ) -> None:
         super().__init__()
         self.every_n_steps, self.max_snapshots = every_n_steps, max_snapshots
@@ -80,8 +78,8 @@ class LossShapeLogger(Callback):
         self.figure_every = None if figure_every is None else whole_number("figure_every", figure_every)
         self._look: dict[str, Any] = {
             "resolution": whole_number("resolution", resolution, 3),
-            "targets": checked_targets(targets),
-            "error_range": positive_number("error_range", error_range),
+            "targets": None if targets is None else checked_targets(targets),
+            "error_range": None if error_range is None else positive_number("error_range", error_range),
         }
         self._scalars: dict[str, float] = {}
         self._last_figure = 0
@@ -121,9 +119,10 @@ class LossShapeLogger(Callback):
         if not writes(trainer):
             return
         step = pl_module.adalfl.base_steps
-        if self.history.is_due(step):
+        is_figure_due = self._is_figure_due(step)
+        if self.history.is_due(step) or (is_figure_due and self.figure_every is not None):
             self._keep(trainer, pl_module)
-            if self._is_figure_due(step):
+            if is_figure_due:
                 self._draw(trainer)
         if self._scalars and (wants_logs(trainer) or trainer.is_last_batch):
             pl_module.log_dict(self._scalars, batch_size=1)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from lightning_adalfl.adapter.lightning_private import lightning
+from lightning_adalfl.adapter.lightning_private import Callback
 from lightning_adalfl.adapter.refusals import learner_of
 from lightning_adalfl.checks import whole_number
 from lightning_adalfl.files import PathLike
 from lightning_adalfl.inspection.history import LossHistory
-
-Callback: Any = lightning().Callback
 
 
 class LossReplay(Callback):
@@ -23,7 +21,7 @@ class LossReplay(Callback):
     goes on where it was.
 
     Args:
-        path: The ``loss_history.safetensors`` that :class:`LossShapeLogger` wrote.
+        path: The ``loss_history.safetensors`` that :class:`LossShapeLogger` wrote, or the log folder that it is in.
         steps: Base steps over which the history is stretched or squeezed; by default as many as it has. After them φ
             keeps its last value.
 

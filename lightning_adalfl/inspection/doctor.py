@@ -33,7 +33,7 @@ def diagnose(path: PathLike, classes: int | None = None) -> str:
     place = Path(path)
     if not place.exists():
         raise FileNotFoundError(f"cannot read {path}: there is no such file or folder; check the path.")
-    is_file, said, todo = place.is_file(), Notes(), Notes()
+    is_file, said, todo = place.is_file() or place.suffix == ".ckpt", Notes(), Notes()
     # Lightning keeps checkpoints in a folder below the logs.
     folder = place.absolute().parents[place.absolute().parent.name == "checkpoints"] if is_file else place
     folders = ("*.ckpt", "checkpoints/*.ckpt")
@@ -88,13 +88,14 @@ def _scalar(name: str, values: Values, todo: Notes) -> str:
 
 
 def _distance(history: LossHistory) -> str:
-    first, last = (np.concatenate([t.flatten() for t in history.at(step).values()]) for step in (0, history.steps[-1]))
+    losses = [history.loss_at(step) for step in (0, history.steps[-1])]  # whose state has the units too
+    first, last = (np.concatenate([p.detach().flatten() for p in loss.phi().values()]) for loss in losses)
     share = float(np.linalg.norm(last - first)) / (float(np.linalg.norm(first)) or 1.0)
     return f"From step {history.steps[0]:,} to {history.steps[-1]:,} φ has gone {share:.2g} times its first length."
 
 
 def _shape(history: LossHistory, classes: int | None, said: Notes, todo: Notes) -> None:
-    (shape,) = history.shapes(1, **({} if classes is None else {"classes": classes}))
+    (shape,) = history.shapes(1, classes)
     words = report(shape, history.loss_at(history.steps[-1]).reduction)
     said.extend(part for part in str(words).split("\n\n") if part.startswith(("Strength", "Flat", "Turning")))
     if words.strength <= 0:
@@ -119,7 +120,7 @@ def _scalars(folder: Path) -> dict[str, Values]:
                         found.setdefault(name, []).append(float(value))
         except (ValueError, AttributeError, csv.Error) as error:
             raise ValueError(f"cannot read {table}: it is damaged ({error}); move it away, or mend it.") from error
-    elif any(folder.glob("events.out.tfevents.*")):
+    if not found and any(folder.glob("events.out.tfevents.*")):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
 
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})

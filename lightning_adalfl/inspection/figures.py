@@ -110,7 +110,7 @@ def plot_heatmap(shape: LossShape, *, title: str | None = None) -> Figure:
         if np.isfinite(values).all() and np.ptp(values) > 0:
             levels = np.linspace(values.min(), values.max(), 10)[2:-1]  # the lowest would only trace the valley's floor
             axes.contour(predictions, targets, values, levels=levels, colors="white", linewidths=0.6, alpha=0.6)
-            axes.plot(_lowest(predictions, values), targets, color="tab:red", lw=1.8, label="lowest loss")
+            axes.plot(_lowest(predictions, values, targets), targets, color="tab:red", lw=1.8, label="lowest loss")
         axes.plot(targets, targets, "--", color="white", lw=1.6, label="right prediction, f = y")
         axes.set(xlabel="prediction f", ylabel="target y", xlim=predictions[[0, -1]], ylim=targets[[0, -1]])
         axes.legend(loc="upper left", fontsize=8, framealpha=0.85, facecolor="0.35", edgecolor="none", labelcolor="w")
@@ -174,9 +174,10 @@ def _at(grid: Values, rows: Values, where: Values) -> Values:
     return np.array([np.interp(point, grid, row) for point, row in zip(where, rows, strict=True)])
 
 
-def _lowest(grid: Values, rows: Values) -> Values:
-    """Return where each row is lowest, to less than a step of the grid: the vertex of a parabola through its lowest."""
-    centre = rows.argmin(axis=1)
+def _lowest(grid: Values, rows: Values, near: Values) -> Values:
+    """Return where each row is lowest, by a parabola through its lowest; where that is level, nearest to ``near``."""
+    is_lowest = rows <= rows.min(axis=1, keepdims=True)
+    centre = np.where(is_lowest, np.abs(grid - near[:, None]), np.inf).argmin(axis=1)
     inner = centre.clip(1, len(grid) - 2)
     left, middle, right = (np.take_along_axis(rows, (inner + i)[:, None], axis=1)[:, 0] for i in (-1, 0, 1))
     curvature = np.maximum(left - 2 * middle + right, 1e-12)
@@ -196,9 +197,11 @@ def plot_influence(table: InfluenceTable) -> Figure:
     """Draw how many instances have which label quality, and which influence.
 
     Args:
-        table: Of which at least one instance was seen.
+        table: Of which at least one instance was seen; a ``ValueError`` is raised if none was.
     """
     seen = table.mean("seen") > 0
+    if not seen.any():
+        raise ValueError("no instance was seen by a meta step; train for more than `meta_every` steps.")
     quality, influence = table.label_quality()[seen], table.mean("influence")[seen]
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
@@ -217,13 +220,14 @@ def plot_influence(table: InfluenceTable) -> Figure:
     return figure
 
 
-def plot_images(images: Values, captions: Sequence[str], quality: Sequence[float]) -> Figure:
+def plot_images(images: Values, captions: Sequence[str], quality: Sequence[float], said: str) -> Figure:
     """Draw the images with the worst targets above those with the best.
 
     Args:
         images: As many of the worst as of the best, the worst first, (N, 1 or 3, H, W); each has its own scale.
-        captions: Target and prediction of each.
+        captions: Of each.
         quality: The label quality of each.
+        said: What the captions say, such as ``"target / prediction"``.
     """
     half = len(images) // 2
     rows = -(-half // _GRID)
@@ -231,7 +235,7 @@ def plot_images(images: Values, captions: Sequence[str], quality: Sequence[float
         figure = Figure(figsize=(_GRID * 1.05, 2 * rows * 1.45 + 0.7), dpi=120, layout="constrained")
         parts: Any = figure.subfigures(2, 1)
         for part, first, words in zip(parts, (0, half), ("most suspicious", "most trusted")):
-            part.suptitle(f"{words}: target / prediction, label quality", fontsize=10)
+            part.suptitle(f"{words}: {said}, label quality", fontsize=10)
             for i, axes in enumerate(part.subplots(rows, _GRID, squeeze=False).flat):
                 axes.set_axis_off()
                 if i < half:

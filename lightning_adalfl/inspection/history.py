@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_adalfl.checks import whole_number
-from lightning_adalfl.files import PathLike, exists, kind_of, read_tensors, write_tensors
-from lightning_adalfl.inspection.loss_shape import LossShape, classes_met, loss_shape
+from lightning_adalfl.files import PathLike, exists, kind_of, read_tensors, within, write_tensors
+from lightning_adalfl.inspection.loss_shape import LossShape, classes_met, loss_shape, usual_look
 from lightning_adalfl.losses.learned_loss import LOSS_KIND, LearnedLoss
 
 HISTORY_KIND = "loss history"
@@ -113,17 +113,20 @@ class LossHistory:
         """Return the learned loss at base step ``step``, a module of its own."""
         return LearnedLoss.rebuild(self.description, self.at(step))
 
-    def shapes(self, count: int = 24, **look: Any) -> list[LossShape]:
+    def shapes(self, count: int = 24, classes: int | None = None, **look: Any) -> list[LossShape]:
         """Return shapes to draw, oldest first: of the newest snapshot, the first, and others evenly between.
 
         Args:
             count: Upper bound on their number.
+            classes: For ``"multiclass"``, their number; by default that which the newest has met.
             **look: See :func:`~lightning_adalfl.inspection.loss_shape.loss_shape`.
         """
         if not self.steps:
             return []
         newest = self.loss_at(self.steps[-1])
-        look = {"is_added": self.is_added, "classes": classes_met(newest), **look}
+        classes = classes_met(newest) if classes is None else classes
+        given = {name: value for name, value in look.items() if value is not None}
+        look = {"is_added": self.is_added, "classes": classes, **usual_look(newest), **given}
         chosen = np.linspace(len(self) - 1, 0, min(whole_number("count", count), len(self))).round()
         shapes = []
         for i in chosen[::-1].astype(int):
@@ -180,13 +183,13 @@ class LossHistory:
 
     @classmethod
     def load(cls, path: PathLike) -> LossHistory:
-        """Read what :meth:`save` wrote; nothing in the file is run.
+        """Read what :meth:`save` wrote, by the file or the folder that it is in; nothing in it is run.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is truncated, corrupt, of another kind, from a newer version, or contradicts itself.
         """
-        content, tensors = read_tensors(path, HISTORY_KIND, _VERSION)
+        content, tensors = read_tensors(within(path, FILE_NAME), HISTORY_KIND, _VERSION)
         state = {**content, "steps": tensors.pop("steps", None)}
         state["phi"] = {name.removeprefix("phi."): value for name, value in tensors.items()}
         try:
@@ -224,15 +227,15 @@ def read(path: PathLike, is_added: bool = True) -> LossHistory:
     """
     name = os.fspath(path)
     filesystem, place = fsspec.core.url_to_fs(name)
-    if filesystem.isdir(place):
+    if filesystem.isdir(place) and not name.endswith(".ckpt"):
         if exists(os.path.join(name, FILE_NAME)):
             return LossHistory.load(os.path.join(name, FILE_NAME))
         below = sorted(os.path.dirname(found) for found in filesystem.glob(f"{place}/**/{FILE_NAME}"))
         remedy = f"below it, {', '.join(below[:5])} has one; give that" if below else "train with LossShapeLogger"
         raise ValueError(f"cannot read {name}: the folder holds no {FILE_NAME}; {remedy}.")
-    if not filesystem.isfile(place):
+    if not filesystem.exists(place):
         raise FileNotFoundError(f"cannot read {name}: there is no such file or folder; check the path.")
-    if name.endswith(".ckpt"):
+    if name.endswith(".ckpt") or filesystem.cat_file(place, end=2) == b"PK":  # a checkpoint is a zip file
         return _from_checkpoint(name)
     return _of_one(0, LearnedLoss.load(name), is_added) if kind_of(name) == LOSS_KIND else LossHistory.load(name)
 
@@ -244,6 +247,7 @@ def learner_state(path: str) -> dict[str, Any]:
         ValueError: If it cannot be read, or there is no such entry.
     """
     try:
+        path = os.path.join(path, "meta.pt") if os.path.isdir(path) else path  # of sharded parameters
         is_local = os.path.isfile(path)
         with fsspec.open(path, "rb") as file:
             checkpoint = torch.load(path if is_local else file, map_location="cpu", weights_only=True, mmap=is_local)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_adalfl.files import PathLike, atomic_write, read_tensors, write_tensors
+from lightning_adalfl.files import PathLike, atomic_write, read_tensors, within, write_tensors
 from lightning_adalfl.inspection.target_scores import SCORES
 
 INFLUENCE_FILE = "influence.safetensors"
@@ -115,8 +114,9 @@ class InfluenceTable:
     def to_csv(self, path: PathLike) -> None:
         """Write a row for each instance, in their order."""
         columns = {"index": np.arange(len(self)), **self.columns()}
+        formats = ["%d", *["%.6g"] * (len(columns) - 1)]
         with atomic_write(path) as file:
-            np.savetxt(file, np.stack([*columns.values()], 1), "%.6g", ",", header=",".join(columns), comments="")
+            np.savetxt(file, np.stack([*columns.values()], 1), formats, ",", header=",".join(columns), comments="")
 
     def save(self, path: PathLike) -> None:
         """Write a safetensors file; it appears whole or not at all."""
@@ -134,9 +134,7 @@ class InfluenceTable:
             FileNotFoundError: If there is no such file.
             ValueError: If it is truncated, corrupt, of another kind, or from a newer version.
         """
-        name = os.fspath(path)
-        name = name if name.endswith(".safetensors") else os.path.join(name, INFLUENCE_FILE)
-        content, tensors = read_tensors(name, _KIND, _VERSION)
+        content, tensors = read_tensors(within(path, INFLUENCE_FILE), _KIND, _VERSION)
         return cls(content["task"], **tensors)
 
     @functools.cached_property  # a table of a run that has ended is asked for it many times

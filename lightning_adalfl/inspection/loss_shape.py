@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,8 +125,8 @@ def loss_shape(
     is_added: bool = False,
     classes: int | None = None,
     resolution: int = 101,
-    targets: Sequence[float] = (0.0, 0.5, 1.0),
-    error_range: float = 1.0,
+    targets: Sequence[float] | None = None,
+    error_range: float | None = None,
 ) -> LossShape:
     """Look at a learned loss; its gradients and all random states stay as they are.
 
@@ -142,15 +143,18 @@ def loss_shape(
             user's own loss is known as a function of predictions.
         classes: For ``"multiclass"``, their number; by default that which the loss has met.
         resolution: Points of a path.
-        targets: For regression, in the units of the data.
-        error_range: For regression, the largest error.
+        targets: For regression, in the units of the data; by default the mean of those trained on and a standard
+            deviation to either side; of a loss that has seen none -1, 0 and 1.
+        error_range: For regression, the largest error; by default that standard deviation, or 1.
 
     Raises:
         TypeError: For an argument of the wrong type.
         ValueError: For one out of range, or a loss that does not give one value for each pair.
     """
     step, resolution = whole_number("step", step, 0), whole_number("resolution", resolution, 3)
-    targets, error_range = checked_targets(targets), positive_number("error_range", error_range)
+    usual = usual_look(loss)
+    targets = checked_targets(usual["targets"] if targets is None else targets)
+    error_range = positive_number("error_range", usual["error_range"] if error_range is None else error_range)
     x = torch.linspace(0.0, 1.0, resolution).clamp(_END, 1.0 - _END)
     if loss.task == "multiclass":
         classes = classes_met(loss) if classes is None else whole_number("classes", classes, 2)
@@ -171,6 +175,12 @@ def loss_shape(
     return LossShape(loss.task, step, is_added, None, (), paths, heat)
 
 
+def usual_look(loss: LearnedLoss) -> dict[str, Any]:
+    """Return the targets and the largest error to look at by default: in the units of the data if known."""
+    center, spread = (float(loss.center), float(loss.spread)) if isinstance(loss, LossNetwork) else (0.0, 1.0)
+    return {"targets": (center - spread, center, center + spread), "error_range": spread}
+
+
 def classes_met(loss: LearnedLoss) -> int | None:
     """Return the number of classes that a loss has learned to tell apart; ``None`` where there are none as yet."""
     if not isinstance(loss, LossNetwork) or not loss.sees_classes:
@@ -183,7 +193,7 @@ def checked_targets(targets: Sequence[float]) -> tuple[float, ...]:
     """Return the targets to look at; raise a ``TypeError`` or ``ValueError`` if they are no finite numbers."""
     if isinstance(targets, str) or not isinstance(targets, Sequence) or not targets:
         raise TypeError(f"`targets` must be a sequence of numbers, such as (0.0, 0.5, 1.0); got {targets!r}.")
-    return tuple(float(finite_number("targets", target)) for target in targets)
+    return tuple(finite_number("targets", target) for target in targets)
 
 
 def _between_classes(
@@ -249,7 +259,8 @@ def _evaluated(loss: LearnedLoss, is_added: bool, prediction: Tensor, target: Te
     if is_added:
         learned += own
         if loss.task == "regression":  # what a step does not do is not shown: its slope does not turn round
-            turned = torch.where(slope.sign() * learned[1] < 0, learned[1], 0.0)
-            learned[1] -= turned
-            learned[0, ..., 1:] -= torch.cumulative_trapezoid(turned, prediction.double(), dim=-1)
+            turned = torch.where(slope.sign() * learned[1] <= 0, learned[1], 0.0)
+            if turned.any():  # and the loss is the integral of the rest, so that it is level where nothing pulls
+                learned[1] -= turned
+                learned[0, ..., 1:] = learned[0, ..., :1] + torch.cumulative_trapezoid(learned[1], f.detach(), dim=-1)
     return torch.cat([learned, own]).numpy()

@@ -140,7 +140,7 @@ def report(shape: LossShape, reduction: str = "mean") -> LossReport:
         strength / length if length else 0.0,
         tuple(_regions(p.x, np.abs(r) <= FLAT * length, 2 * _RUN) for p, r in zip(shape.paths, rates)),
         tuple(_regions(p.x, r < -_NOISE * length, _RUN) for p, r in zip(shape.paths, rates)),
-        tuple(float(path.x[path.loss.argmin()]) for path in shape.paths),
+        tuple(float(p.x[np.lexsort((np.abs(p.x - p.correct), p.loss))[0]]) for p in shape.paths),
     )
 
 

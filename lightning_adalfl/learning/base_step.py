@@ -142,12 +142,8 @@ class BaseStep:
         if self._check is not None:
             self._check(predicted)
             self._check = None
-        self.observe(recorded, predicted)
-        return found
-
-    def observe(self, recorded: RecordedForward, predicted: Predicted) -> None:
-        """Take in a forward that has been recorded elsewhere."""
         self.forwards.append(BaseForward(recorded, predicted))
+        return found
 
     def descend(self, objective: TrainingObjective, own_loss: Tensor | BatchLoss) -> Tensor:
         """Return what the backward of the last forward is to start from.
@@ -209,7 +205,7 @@ class BaseStep:
         self.active = list(found)
         self._gradients = list(found.values() if gradients is None else gradients)
         # A forward whose loss was not descended has no part in the step.
-        self.forwards = [f for f in self.forwards if f.descent is not None and f.descent.scale is not None]
+        self.keep(True)
 
     def gradients(self) -> dict[int, Tensor]:
         """Return the gradients that there are, by the index of the parameter, unless nothing can be learned of them."""
@@ -274,12 +270,18 @@ class BaseStep:
             self._is_repeatable = True
         return self.jvp(self.model, forward.recorded, self.values_before(), direction)
 
+    def keep(self, descended: bool | None) -> None:
+        """Let go of all forwards but those whose loss was descended, or was not: graph and hooks hold each other."""
+        forwards, self.forwards = self.forwards, []
+        for forward in forwards:
+            if (forward.descent is not None and forward.descent.scale is not None) is descended:
+                self.forwards.append(forward)
+            elif forward.descent is not None:
+                forward.descent.release()
+
     def clear(self) -> None:
         """Forget the recorded step; the copy of θ_t stays as a buffer."""
-        for forward in self.forwards:
-            if forward.descent is not None:
-                forward.descent.release()
-        self.forwards = []
+        self.keep(None)
         self.active = []
         self._gradients = []
         self._clipping = None

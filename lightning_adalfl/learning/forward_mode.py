@@ -78,10 +78,9 @@ class ForwardMode(JacobianProduct):
             duals = {i: forward_ad.make_dual(p, u) for (i, p), u in zip(before.items(), direction)}
             try:
                 tangents = [forward_ad.unpack_dual(o).tangent for o in self._run(model, forward, duals)]
-            except NotImplementedError as error:
-                raise _no_forward_mode(error) from error
             except RuntimeError as error:
-                if not any(words in str(error) for words in _OF_FORWARD_MODE):
+                is_known = isinstance(error, NotImplementedError) or any(w in str(error) for w in _OF_FORWARD_MODE)
+                if not is_known:
                     raise
                 raise _no_forward_mode(error) from error
             if any(tangent is None for tangent in tangents):

@@ -226,22 +226,22 @@ def _before(step: BaseStep, vector: Sequence[Tensor], scale: float, u: Sequence[
 
 def _curvature_times(step: BaseStep, forward: BaseForward, u: Sequence[Tensor]) -> list[Tensor]:
     """Return ``(∂g/∂θ)ᵀ u`` of the gradient g that one forward has given, over the active parameters."""
-    objective, own_loss, recorded = forward.objective, forward.own_loss, forward.recorded
+    objective, own_loss = forward.objective, forward.own_loss
+    target, weight = forward.predicted.target, forward.predicted.weight
     if objective is None or own_loss is None:
         raise ValueError("the steps of an inner loop need the own loss as a function; pass `descend` one.")
-    weight = [] if recorded.weight is None else [recorded.weight]
     values = {i: p.detach().requires_grad_() for i, p in step.values_before().items()}
     theta = list(values.values())
 
     def of_outputs(outputs: list[Tensor]) -> list[Tensor]:
         (f,) = outputs
-        own = own_loss(f.detach().requires_grad_(), recorded.target, *weight)
+        own = own_loss(f.detach().requires_grad_(), target, *([] if weight is None else [weight]))
         if {id(p) for p in leaves_of_graph(own)} & {id(p) for p in (*theta, *step.parameters)}:
             raise ValueError(
                 "the own loss of an inner loop depends on the parameters otherwise than by the predictions, as a "
                 "penalty does, which is not followed from step to step. Leave that out of the function."
             )
-        m = objective.gradient(own_loss, f, recorded.target, recorded.weight)
+        m = objective.gradient(own_loss, f, target, weight)
         gradients = torch.autograd.grad(f, theta, m, create_graph=True, allow_unused=True)
         pairs = [(g, t) for g, t in zip(gradients, u) if g is not None and g.requires_grad]
         if not pairs:
@@ -250,7 +250,7 @@ def _curvature_times(step: BaseStep, forward: BaseForward, u: Sequence[Tensor]) 
         return list(torch.autograd.grad(curved, theta, weights, allow_unused=True, materialize_grads=True))
 
     with torch.enable_grad():
-        return run_plain(step.model, recorded, values, lambda kept: nullcontext(), of_outputs)
+        return run_plain(step.model, forward.recorded, values, lambda kept: nullcontext(), of_outputs)
 
 
 def _descended(step: BaseStep, forward: BaseForward, scale: float) -> tuple[Descent, Tensor]:

@@ -71,7 +71,7 @@ class LearnedRate:
         if self.horizon == 1 or base_steps % PASS_EVERY:
             return
         if self._knows(parameters):
-            torch._foreach_lerp_(self._average, list(parameters), min(1.0, PASS_EVERY / self.horizon))
+            torch._foreach_lerp_(self._average, list(parameters), PASS_EVERY / self.horizon)
         else:
             self._average = [p.detach().clone() for p in parameters]
 

@@ -192,13 +192,13 @@ class MetaLearner:
             held = self.objective.loss.phi()
         undo = Undo(self._optimizer)
         for k in range(moves):
-            if k and self.loss is not None:
+            if k:
                 gradients.update(found.at_present(all_reduce))
             for name, gradient in gradients.items():
                 learned[name].grad = gradient.to(learned[name])
             self._optimizer.step()
             self._optimizer.zero_grad()
-            self.objective.is_zero = self.loss is None
+            self.objective.is_zero = self.objective.loss is None
         moved = norm([p.detach() for p in learned.values()])
         is_finite = torch.isfinite(size + found.task_loss.to(size) + moved.to(size))
         undo.unless(is_finite, (self.consensus.mean >= 0).to(is_finite.device), held.values())

@@ -190,9 +190,9 @@ class _Shadow(OptimizerVJP):
     ) -> tuple[float, list[Tensor]]:
         with torch.enable_grad():
             inputs = [g.detach().clone().requires_grad_() for g in gradients]
-            moved = self._shadow.step(active, [p.detach() for p in before], inputs)
-            product = torch.autograd.grad(moved, inputs, list(vector), allow_unused=True)
-        return 1.0, [torch.zeros_like(v) if u is None else u for u, v in zip(product, vector)]
+            moved = self._shadow.step(active, before, inputs)
+            product = torch.autograd.grad(moved, inputs, list(vector), allow_unused=True, materialize_grads=True)
+        return 1.0, list(product)
 
 
 class _Difference(_Shadow):

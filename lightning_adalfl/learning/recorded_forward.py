@@ -39,8 +39,7 @@ class RandomState:
     @classmethod
     def seeded(cls, seed: int, device: torch.device) -> RandomState:
         """Return the state after seeding these generators with ``seed``, without touching the current one."""
-        before = cls.capture(device)
-        try:
+        with cls.capture(device).replayed():
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)
@@ -48,8 +47,6 @@ class RandomState:
                 with torch.get_device_module(device).device(device):
                     torch.get_device_module(device).manual_seed(seed)
             return cls.capture(device)
-        finally:
-            before.restore()
 
     def draws_elsewhere(self) -> bool:
         """Return whether Python's or NumPy's generator has been drawn from since."""
@@ -140,16 +137,12 @@ class RecordedForward:
         random_state: The generators before it, for the same dropout masks.
         buffers: The buffers before it.
         outputs: What it gave, detached.
-        target: y.
-        weight: Of each target, or ``None``.
     """
 
     replay: Callable[[Using], Sequence[Tensor]]
     random_state: RandomState
     buffers: dict[str, Tensor]
     outputs: list[Tensor]
-    target: Tensor
-    weight: Tensor | None = None
 
 
 class _Runner(nn.Module):
@@ -214,8 +207,7 @@ class Model:
             with using(kept):
                 return [self.predict(batch)[0]]
 
-        predictions, target, *weight = found
-        return RecordedForward(replay, random_state, buffers, [predictions.detach()], target, *weight), found
+        return RecordedForward(replay, random_state, buffers, [found[0].detach()]), found
 
     def at(
         self,
@@ -269,6 +261,5 @@ class Model:
 
 def _clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies; what is one tensor under several names stays one."""
-    copies = {id(tensor): tensor for tensor in tensors.values()}
-    copies = {key: tensor.detach().clone() for key, tensor in copies.items()}
+    copies = {id(tensor): tensor.detach().clone() for tensor in tensors.values()}
     return {name: copies[id(tensor)] for name, tensor in tensors.items()}

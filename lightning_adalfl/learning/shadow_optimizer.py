@@ -106,7 +106,7 @@ class ShadowOptimizer:
         gradients: Sequence[Tensor],
         differentiable: bool = True,
     ) -> list[Tensor]:
-        """Return ``θ' = U(θ, s, g)``, with gradients to every input that requires one.
+        """Return ``θ' = U(θ, s, g)``, with a graph to every gradient that requires one.
 
         Args:
             active: Which of the parameters have a gradient.
@@ -121,8 +121,6 @@ class ShadowOptimizer:
         options = {"foreach": False, "fused": False, "capturable": False, "differentiable": differentiable}
         groups = [{**g, **{k: v for k, v in options.items() if k in g}, "params": []} for g in self.groups]
         for parameter, gradient, index, entry in zip(moved, gradients, chosen, copied):
-            if parameter.requires_grad:
-                parameter.retain_grad()  # a non-leaf's `.grad` may be read without a warning
             parameter.grad = gradient
             if gradient.requires_grad:
                 gradient.register_hook(functools.partial(_without_roots_at_zero, gradient.detach()))

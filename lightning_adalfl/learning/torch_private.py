@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -127,19 +127,15 @@ def recurrence_by_steps() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def checkpoints_run_through() -> Iterator[None]:
+def checkpoints_run_through() -> AbstractContextManager[None]:
     """Let reentrant checkpoints in the body keep their activations: they would pass no tangent."""
-    with _checkpoints(lambda run, preserve, *args: run(*args)):
-        yield
+    return _checkpoints(lambda run, preserve, *args: run(*args))
 
 
-@contextmanager
-def checkpoints_not_reentrant() -> Iterator[None]:
+def checkpoints_not_reentrant() -> AbstractContextManager[None]:
     """Let reentrant checkpoints in the body be those of the other kind, which ``torch.autograd.grad`` accepts."""
     checkpoint = torch.utils.checkpoint.checkpoint
-    with _checkpoints(lambda run, preserve, *args: checkpoint(run, *args, use_reentrant=False)):
-        yield
+    return _checkpoints(lambda run, preserve, *args: checkpoint(run, *args, use_reentrant=False))
 
 
 @contextmanager

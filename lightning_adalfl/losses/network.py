@@ -35,9 +35,8 @@ class SmoothLeakyReLU(nn.Module):
     def __init__(self, gamma: float = 0.01, beta: float = 10.0) -> None:
         super().__init__()
         self.beta = positive_number("beta", beta)
-        finite_number("gamma", gamma)
-        self.gamma = gamma if gamma == 0 else positive_number("gamma", gamma)
-        if not gamma < 1.0:
+        self.gamma = finite_number("gamma", gamma)
+        if not 0.0 <= gamma < 1.0:
             raise ValueError(f"`gamma` must lie in [0, 1), the slope of the leak; got {gamma}.")
 
     def forward(self, x: Tensor) -> Tensor:

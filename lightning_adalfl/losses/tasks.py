@@ -294,7 +294,7 @@ def check_task_loss(task_loss: Callable[..., Tensor], f: Tensor, y: Tensor, weig
         raise ValueError("`task_loss` cannot be differentiated; leave out `argmax`, rounding, `detach` and NumPy.")
     if weight is None:
         one, two = float(value.detach()), float(task_loss(torch.cat([f.detach()] * 2), torch.cat([y, y])).detach())
-        if one and math.isclose(two, 2 * one, rel_tol=1e-3):
+        if 0 < abs(one) < math.inf and math.isclose(two, 2 * one, rel_tol=1e-3):
             raise ValueError(
                 f"`task_loss` must return a mean; got {one:.4g}, and {two:.4g} for the batch twice. Divide the sum."
             )

@@ -122,11 +122,10 @@ def _units(descent: Descent, task: Task) -> Tensor:
     """Return mean and mean square of the targets, and the mean square of an instance's slope, (3,)."""
     predicted, (tau, *_) = descent.predicted, descent.own
     pairs = task.pairs(predicted.predictions.to(tau.dtype), predicted.target, predicted.weight)
-    weight, target = pairs.weight.to(tau.dtype), pairs.target
+    weight, target = pairs.weight.to(tau.dtype), pairs.target  # zero where nothing is counted
     counts = weight.expand_as(target) / weight.expand_as(target).sum()
-    target = torch.where(counts > 0, target, 0)
     if tau.shape == predicted.predictions.shape:
-        slope = torch.where(weight > 0, tau.square() / weight, 0).sum() / weight.sum()
+        slope = torch.where(weight > 0, tau.square() / weight, 0).sum()
     else:  # the predictions are another view of the outputs, or made of several
         slope = tau.square().sum() * (weight > 0).sum()
     return torch.stack([(counts * target).sum(), (counts * target.square()).sum(), slope])
@@ -165,7 +164,7 @@ class _BentDescent(Descent):
             if self._learned_loss.task == "regression":
                 bent.masked_fill_(slope.sign() * bent < 0, 0.0)
                 length = bent.norm()
-            c = (own / length).nan_to_num_(1.0).clamp_(max=1.0)
+            c = (own / length).nan_to_num_(0.0).clamp_(max=1.0)
             bent.nan_to_num_(0.0, 0.0, 0.0).mul_(c * is_finite).addcmul_(slope, (~is_finite).to(slope.dtype))
             self._known[i] = bent, c, is_finite
         return self._known[i]
@@ -213,16 +212,14 @@ class _AloneDescent(Descent):
     def __init__(self, learned_loss: LearnedLoss, predicted: Predicted) -> None:
         self._learned_loss, self.predicted = learned_loss, predicted
         self._learned = LearnedGradient(learned_loss, predicted, by_outputs=True)
-        self._m = predicted.pulled(self._learned.value)
-        known = [*self._m, *predicted.outputs]
-        super().__init__(KnownGradient.apply(self._learned.loss(), len(self._m), *known), predicted)
+        known = [*predicted.pulled(self._learned.value), *predicted.outputs]
+        super().__init__(KnownGradient.apply(self._learned.loss(), len(predicted.outputs), *known), predicted)
 
     def refresh(self) -> None:
         self._learned.refresh()
-        self._m = self.predicted.pulled(self._learned.value)
 
     def applied(self) -> list[Tensor]:
-        return [m.to(precise(m)) for m in self._m]
+        return [m.to(precise(m)) for m in self.predicted.pulled(self._learned.value)]
 
     def vjp(self, tangents: Sequence[Tensor]) -> dict[str, Tensor]:
         return self._learned.vjp(self.predicted.pushed(tangents))
