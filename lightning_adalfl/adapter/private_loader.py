@@ -54,10 +54,10 @@ def private_copy(
         return _redrawn(loader, batch_size or loader.batch_size, replicas, limit)
     once = next((x for x in (loader, getattr(loader, "dataset", None)) if hasattr(x, "__next__")), None)
     if once is not None or not hasattr(loader, "__iter__"):
-        why = "is no loader" if once is None else "can be gone through only once"
+        why = "which is no loader" if once is None else "which can be gone through only once"
         raise ValueError(
-            f"{purpose} is {type(loader if once is None else once).__name__}, which {why}, so that nothing can be "
-            "drawn from it beside your own use. Give a loader, or override `adalfl_meta_dataloader()`."
+            f"{purpose} is {type(loader if once is None else once).__name__}, {why}, so that nothing can be drawn "
+            "from it beside your own use. Give a loader, or override `adalfl_meta_dataloader()`."
         )
     return twin(loader, {})
 
