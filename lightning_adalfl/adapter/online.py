@@ -134,7 +134,8 @@ class OnlineRun:
         self._release()
         step = self.base_step
         # Of a step that ended in an error, nothing is left to go backward from; nor where gradients were cleared.
-        step.keep(None if all(p.grad is None for p in step.parameters) else True)
+        if step.forwards:
+            step.keep(None if all(p.grad is None for p in step.parameters) else True)
         self._refresh_if_changed()
         torch.clear_autocast_cache()
         return self._way

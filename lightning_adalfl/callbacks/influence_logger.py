@@ -131,9 +131,10 @@ class InfluenceLogger(Callback):
         self.on_train_epoch_end(trainer, pl_module)
         if self._sums is None or len(self.table.ranking()) < 2:
             return
-        # Drawn by every process, since those of a sharded module predict together.
-        figures = {"influence": plot_influence(self.table), "influence_images": self._images(pl_module)}
-        for name, figure in figures.items() if writes(trainer) else ():
+        images = self._images(pl_module)  # in every process, since those of a sharded module predict together
+        if not writes(trainer):
+            return
+        for name, figure in (("influence", plot_influence(self.table)), ("influence_images", images)):
             if figure is not None:
                 with atomic_write(os.path.join(run_dir(trainer), f"{name}.png")) as file:
                     figure.savefig(file, format="png")

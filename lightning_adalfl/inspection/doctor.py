@@ -95,7 +95,7 @@ def _distance(history: LossHistory) -> str:
 
 
 def _shape(history: LossHistory, classes: int | None, said: Notes, todo: Notes) -> None:
-    (shape,) = history.shapes(1, classes)
+    (shape,) = history.shapes(1, classes=classes)
     words = report(shape, history.loss_at(history.steps[-1]).reduction)
     said.extend(part for part in str(words).split("\n\n") if part.startswith(("Strength", "Flat", "Turning")))
     if words.strength <= 0:

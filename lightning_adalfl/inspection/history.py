@@ -113,20 +113,18 @@ class LossHistory:
         """Return the learned loss at base step ``step``, a module of its own."""
         return LearnedLoss.rebuild(self.description, self.at(step))
 
-    def shapes(self, count: int = 24, classes: int | None = None, **look: Any) -> list[LossShape]:
+    def shapes(self, count: int = 24, **look: Any) -> list[LossShape]:
         """Return shapes to draw, oldest first: of the newest snapshot, the first, and others evenly between.
 
         Args:
             count: Upper bound on their number.
-            classes: For ``"multiclass"``, their number; by default that which the newest has met.
-            **look: See :func:`~lightning_adalfl.inspection.loss_shape.loss_shape`.
+            **look: See :func:`~lightning_adalfl.inspection.loss_shape.loss_shape`; by default as the newest has it.
         """
         if not self.steps:
             return []
         newest = self.loss_at(self.steps[-1])
-        classes = classes_met(newest) if classes is None else classes
         given = {name: value for name, value in look.items() if value is not None}
-        look = {"is_added": self.is_added, "classes": classes, **usual_look(newest), **given}
+        look = {"is_added": self.is_added, "classes": classes_met(newest), **usual_look(newest), **given}
         chosen = np.linspace(len(self) - 1, 0, min(whole_number("count", count), len(self))).round()
         shapes = []
         for i in chosen[::-1].astype(int):
@@ -229,7 +227,7 @@ def read(path: PathLike, is_added: bool = True) -> LossHistory:
     filesystem, place = fsspec.core.url_to_fs(name)
     if filesystem.isdir(place) and not name.endswith(".ckpt"):
         if exists(os.path.join(name, FILE_NAME)):
-            return LossHistory.load(os.path.join(name, FILE_NAME))
+            return LossHistory.load(name)
         below = sorted(os.path.dirname(found) for found in filesystem.glob(f"{place}/**/{FILE_NAME}"))
         remedy = f"below it, {', '.join(below[:5])} has one; give that" if below else "train with LossShapeLogger"
         raise ValueError(f"cannot read {name}: the folder holds no {FILE_NAME}; {remedy}.")
@@ -247,7 +245,7 @@ def learner_state(path: str) -> dict[str, Any]:
         ValueError: If it cannot be read, or there is no such entry.
     """
     try:
-        path = os.path.join(path, "meta.pt") if os.path.isdir(path) else path  # of sharded parameters
+        path = os.fspath(within(path, "meta.pt"))  # of sharded parameters
         is_local = os.path.isfile(path)
         with fsspec.open(path, "rb") as file:
             checkpoint = torch.load(path if is_local else file, map_location="cpu", weights_only=True, mmap=is_local)

@@ -79,10 +79,9 @@ class ForwardMode(JacobianProduct):
             try:
                 tangents = [forward_ad.unpack_dual(o).tangent for o in self._run(model, forward, duals)]
             except RuntimeError as error:
-                is_known = isinstance(error, NotImplementedError) or any(w in str(error) for w in _OF_FORWARD_MODE)
-                if not is_known:
-                    raise
-                raise _no_forward_mode(error) from error
+                if isinstance(error, NotImplementedError) or any(words in str(error) for words in _OF_FORWARD_MODE):
+                    raise _no_forward_mode(error) from error
+                raise
             if any(tangent is None for tangent in tangents):
                 raise ForwardModeError(
                     "the predictions depend on the parameters, and no derivative reached them in forward mode: a part "
