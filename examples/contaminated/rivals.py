@@ -199,16 +199,10 @@ def added_by_halves(run: Run, robust: bool = False) -> None:
     run.descend(halves, both())  # type: ignore[arg-type]
 
 
-def held_out_loss(task: Task) -> Loss:
-    """Return the meta-objective of the rivals that have one: for classes the library's, but for its cross-entropy."""
-    if task.task_loss is not None:
-        return task.task_loss
-    return generalised_cross_entropy if task.kind == "multiclass" else F.mse_loss
-
-
 def by_meta_gradient(run: Run, train: Callable[[Run, Loss], None]) -> None:
-    """Train with a rival that has a meta-objective."""
-    train(run, held_out_loss(run.task))
+    """Train with a rival that has a meta-objective: the library's."""
+    library = MetaLearner(AdaLFLConfig(run.task.kind, learn="nothing"))
+    train(run, run.task.task_loss or library.task_loss)
 
 
 REGRESSION, CLASSES_ONLY = ("regression",), ("multiclass",)
