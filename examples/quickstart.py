@@ -81,9 +81,8 @@ class Errors(L.Callback):
         )
 
 
-def load_digits(flipped: float, seed: int) -> list[TensorDataset]:
+def split(images: Any, labels: Any, flipped: float, seed: int) -> list[TensorDataset]:
     """Return digits to train with, a part of their labels flipped to any other class; to trust; and to test with."""
-    images, labels = mnist_data()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     x = (torch.from_numpy(images)[order].float() / 255).view(-1, 1, 28, 28)
@@ -140,9 +139,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(not have many workers|LeafSpec).*")
 
-    columns = {}
+    digits, columns = mnist_data(), {}
     for title, flipped in (("labels as they are", 0.0), (f"{args.flipped:.0%} of the labels flipped", args.flipped)):
-        data = load_digits(flipped, args.seed)
+        data = split(*digits, flipped, args.seed)
         L.seed_everything(args.seed, verbose=False)
         own = train(LitDigits(), data, args.max_steps)
         L.seed_everything(args.seed, verbose=False)

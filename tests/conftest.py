@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,6 +21,15 @@ def seed() -> int:
     np.random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def only_new_garbage() -> Iterator[None]:
+    """The collector passes over what was there before, by which it is a hundred times as fast."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

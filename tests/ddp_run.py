@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from processes import joined
@@ -17,7 +17,7 @@ from projects import AdaSmooth, Keep, Smooth, config, phi, points, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_adalfl import AdaLFLInit, AdaLFLMixin
+from lightning_adalfl import AdaLFLInit, AdaLFLMixin, LossShapeLogger
 
 
 class Partial(Smooth):
@@ -92,6 +92,8 @@ def run(rank: int, world_size: int, folder: Path, case: str, ckpt: Path | None =
     t_options: dict[str, Any] = {"precision": "64-true" if joint else "32-true"}
     if case != "manual":
         t_options |= {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2 if case == "accumulated" else 1}
+    if case == "both":  # a callback looks for what is monitored in every process
+        callbacks += [LossShapeLogger(every_n_steps=5), EarlyStopping("adalfl/flatness", patience=99)]
     if not joint:
         callbacks.append(AdaLFLInit(steps=5, lr=1e-2))
     if world_size > 1:

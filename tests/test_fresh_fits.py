@@ -313,6 +313,7 @@ def test_forwards_whose_gradient_is_cleared_have_no_part_in_a_step(tmp_path: Any
         torch.testing.assert_close(found[1][0][name], value)
 
 
+@pytest.mark.usefixtures("only_new_garbage")
 def test_nothing_grows_with_the_steps(tmp_path: Any) -> None:
     counts: list[int] = []
 

@@ -422,6 +422,20 @@ def test_numbers_beyond_a_million_are_written_whole(tmp_path: Path) -> None:
     assert (tmp_path / "i.csv").read_text().splitlines()[-1].startswith("1000001,")
 
 
+def test_instances_are_added_up_by_keys_of_any_kind() -> None:
+    table = InfluenceTable("binary", torch.ones(4, 6), torch.zeros(0, 1, 5), torch.zeros(0, 0))
+    for keys in (
+        [1, "1", 1, None],
+        [(0, "a"), (0, "b"), (0, "a"), ()],
+        np.array([3, 1, 3, 2]),
+        torch.tensor([3, 1, 3, 2]),
+    ):
+        found = table.by(keys)
+        assert list(found) == list(dict.fromkeys(keys.tolist() if hasattr(keys, "tolist") else keys))
+        assert [one["instances"] for one in found.values()] == [2, 1, 1]
+        assert [one["influence"] for one in found.values()] == [2.0, 1.0, 1.0]
+
+
 def test_a_table_of_which_nothing_was_seen_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = InfluenceTable("binary", torch.zeros(4, 6), torch.zeros(0, 1, 5), torch.zeros(0, 0))
     table.save(tmp_path / "influence.safetensors")
@@ -625,6 +639,47 @@ def test_other_targets_of_values_may_have_any_shape(shape: tuple[int, ...]) -> N
     others, weights = other_targets(task_named("regression"), f, y, (f, y), 0)
     assert others.shape == (len(f), *others.shape[1:2], *f.shape[1:])
     assert weights.shape == others.shape[:2]
+
+
+def test_a_target_under_a_mask_may_be_nan(tmp_path: Path) -> None:
+    """It spoils no other held-out instance that is scored with wrong targets."""
+
+    class Masked(Smooth):
+        """Predicts one value; every fourth target is missing."""
+
+        def __init__(self, lr: float = 0.1) -> None:
+            super().__init__(lr)
+            self.model = nn.Linear(4, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            f, y, weight = self.adalfl_predict(batch)
+            return (F.mse_loss(f, y.nan_to_num(), reduction="none") * weight).sum() / weight.sum()
+
+        def adalfl_predict(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+            x, y = batch
+            return self.model(x), y, y.isfinite().float()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    def data(rows: int) -> TensorDataset:
+        x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(rows))
+        y = x.sum(1, keepdim=True)
+        y[::4] = torch.nan
+        return TensorDataset(x, y)
+
+    logger = InfluenceLogger()
+    module = make(adaptive(Masked), adalfl=config(task="regression", learn="nothing", meta_every=1))
+    t = plain_trainer(tmp_path, callbacks=[logger], max_epochs=3)
+    t.fit(module, DataLoader(data(64), 16, shuffle=True), DataLoader(data(40), 20))
+    table = logger.table
+    assert table.probes.isfinite()[..., :3].all()
+    assert table.probe_weights.isfinite().all()
+    scored = table.probes[:, :, 0] > 0
+    scored, weights = scored[scored.any(1)], table.probe_weights[scored.any(1)]
+    assert scored[:, 1:].all()
+    assert 30 < scored[:, 0].sum() < len(scored)  # with their own targets, those that have one
+    assert torch.equal(scored[:, 0], weights.sum(1) > 0)
 
 
 def test_what_is_not_watched_is_refused(tmp_path: Path) -> None:

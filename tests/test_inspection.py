@@ -276,6 +276,11 @@ def test_what_is_added_is_told_as_such() -> None:
     assert "-3     -1.5" in str(report(loss_shape(LossNetwork("regression"), error_range=3.0)))
 
 
+def test_a_coarse_look_has_a_number_at_every_error() -> None:
+    """No error has no rate, and stations next to it lie between that point and the next."""
+    assert "nan" not in str(report(loss_shape(LossNetwork("regression"), resolution=11)))
+
+
 def test_what_cannot_be_reported_is_refused() -> None:
     shape: LossShape = loss_shape(Formula("binary", lambda f, y: f * float("nan")))
     with pytest.raises(ValueError, match="the loss is not finite along its paths, so the run diverged"):

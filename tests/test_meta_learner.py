@@ -239,6 +239,8 @@ class Forgetful(LearnedLoss):
 def test_losses_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`loss` must be one of 'network', .*; got 'x'"):
         MetaLearner(config(loss="x"))
+    with pytest.raises(ValueError, match="it is a folder; name the file"):
+        MetaLearner(config(loss=tmp_path))
     with pytest.raises(ValueError, match=r"`loss` '.*none.safetensors' cannot be used: cannot read .* no such file"):
         MetaLearner(config(loss=tmp_path / "none.safetensors"))
     LossNetwork("binary").save(tmp_path / "binary.safetensors")

@@ -493,6 +493,7 @@ def test_one_seed_draws_the_same_with_the_mixin_and_without(tmp_path: Any, optio
     assert drawn[0][2] == drawn[1][2] == 12
 
 
+@pytest.mark.usefixtures("only_new_garbage")
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("every", [1, 4, None])
 def test_steps_leave_nothing_behind(tmp_path: Any, every: int | None, accumulate: int) -> None:
@@ -521,6 +522,7 @@ class StepsOnEven(Smooth):
             closure()
 
 
+@pytest.mark.usefixtures("only_new_garbage")
 def test_a_batch_without_a_step_takes_no_meta_step_away_and_leaves_nothing_behind(tmp_path: Any) -> None:
     def alive() -> int:
         gc.collect()

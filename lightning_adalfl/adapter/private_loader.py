@@ -76,27 +76,22 @@ def _redrawn(
     loader: DataLoader[Any], batch_size: int, replicas: tuple[int, int], limit: float | int | None
 ) -> DataLoader[Any]:
     dataset: Any = _own_dataset(loader.dataset, {})
-    length = len(dataset)
     # One batch, the number 1, is not all of them, the part 1.0.
     if limit is not None and limit != 0 and not (isinstance(limit, float) and limit == 1.0):
         own_size = loader.batch_size or batch_size
-        batches = math.ceil(length / own_size)
-        kept = int(limit) if isinstance(limit, int) else int(batches * limit)
-        dataset = Subset(dataset, range(min(length, max(kept, 1) * own_size)))
-        length = len(dataset)
+        kept = limit if isinstance(limit, int) else int(limit * math.ceil(len(dataset) / own_size))
+        dataset = Subset(dataset, range(min(len(dataset), max(kept, 1) * own_size)))
     generator = torch.Generator()
-    sampler: Any = RandomSampler(dataset, generator=generator)
-    if replicas[0] > 1:
-        sampler = DistributedSampler(dataset, *replicas, shuffle=True)
+    shuffled = RandomSampler(dataset, generator=generator)
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=sampler,
+        sampler=DistributedSampler(dataset, *replicas) if replicas[0] > 1 else shuffled,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         # A last batch of another size would weigh its instances more than the others.
-        drop_last=length >= batch_size * replicas[0],
+        drop_last=len(dataset) >= batch_size * replicas[0],
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,

@@ -33,9 +33,9 @@ class AdaLFLInit(Callback):
     """Learns the loss offline in ``on_fit_start`` (Algorithm 1; Algorithm 3 for the learning rate).
 
     Base parameters, buffers, optimizer state and random states are afterwards as if it had not run. It runs once: not
-    on a resumed run, nor in a second ``fit``, nor over a loss that was given as a file or is replayed. Under
-    ``fast_dev_run`` it takes one step for each of its batches. The module's ``on_fit_start`` has run before; its
-    ``training_step`` is not run, and the handcrafted loss of the task stands for its loss.
+    on a resumed run, nor in a second ``fit``, nor over a loss that was given as a file or is replayed, nor where
+    nothing is learned. Under ``fast_dev_run`` it takes one step for each of its batches. The module's ``on_fit_start``
+    has run before; its ``training_step`` is not run, and the handcrafted loss of the task stands for its loss.
 
     A run that is killed meanwhile goes on where it was saved last when it is started again with the same seed, and ends
     as if it had not been stopped. The file is ``adalfl_offline_*.pt`` in the Trainer's ``default_root_dir``. It goes

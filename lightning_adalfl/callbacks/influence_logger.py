@@ -206,10 +206,11 @@ class InfluenceLogger(Callback):
         targets = torch.cat([y.unsqueeze(1).to(others[0]), others[0]], 1)
         f, h = (t.repeat_interleave(targets.shape[1], 0) for t in (f, h))
         scores = target_scores(task, f, targets.flatten(0, 1), h, None, len(f))
-        scores = torch.cat([torch.ones_like(scores[:, :1]), scores], 1).unflatten(0, targets.shape[:2])
+        scores = torch.cat([torch.ones_like(scores[:, :1]), scores], 1)
+        scores.masked_fill_(~torch.isfinite(scores[:, :3]).all(1, keepdim=True), 0.0)  # as of training instances
         first = (module.global_rank * _PROBE_BATCHES + place) * _PROBE_ROWS
         size, is_over = _PROBE_BATCHES * _PROBE_ROWS * module.trainer.world_size, bool(self._course.is_over)
-        sums.update_probes(first, scores, others[1], size, is_over)
+        sums.update_probes(first, scores.unflatten(0, targets.shape[:2]), others[1], size, is_over)
 
     def _images(self, module: Any) -> Figure | None:
         ranking = self.table.ranking()

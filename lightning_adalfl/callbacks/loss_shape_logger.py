@@ -116,16 +116,15 @@ class LossShapeLogger(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep φ where a snapshot is due, and log the scalars where the loggers take them."""
-        if not writes(trainer):
-            return
         step = pl_module.adalfl.base_steps
         is_figure_due = self._is_figure_due(step)
-        if self.history.is_due(step) or (is_figure_due and self.figure_every is not None):
+        if writes(trainer) and (self.history.is_due(step) or (is_figure_due and self.figure_every is not None)):
             self._keep(trainer, pl_module)
             if is_figure_due:
                 self._draw(trainer)
-        if self._scalars and (wants_logs(trainer) or trainer.is_last_batch):
-            pl_module.log_dict(self._scalars, batch_size=1)
+        # In every process, where a callback may monitor them.
+        if (wants_logs(trainer) or trainer.is_last_batch) and not trainer.barebones:
+            pl_module.log_dict(trainer.strategy.broadcast(self._scalars), batch_size=1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep the last φ, and draw the figure of the whole run."""

@@ -93,12 +93,13 @@ class InfluenceTable:
         """
         if len(keys) != len(self):
             raise ValueError(f"`keys` must hold one for each of {len(self)} instances; got {len(keys)}.")
-        names, place = np.unique(np.asarray(keys), return_inverse=True)
+        places: dict[Hashable, int] = {}
+        place = [places.setdefault(key, len(places)) for key in (keys.tolist() if hasattr(keys, "tolist") else keys)]
         influence, quality = np.nan_to_num(self.mean("influence")), self.label_quality()
         counts, sums, qualities = (np.bincount(place, values).tolist() for values in (None, influence, quality))
         return {
             name: {"instances": count, "influence": total, "label_quality": of_all / count}
-            for name, count, total, of_all in zip(names.tolist(), counts, sums, qualities)
+            for name, count, total, of_all in zip(places, counts, sums, qualities)
         }
 
     def columns(self) -> dict[str, Values]:

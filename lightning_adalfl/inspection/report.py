@@ -74,7 +74,8 @@ class LossReport:
         lines = [f"Shape. How many times as hard it pulls as {self.shape.own}, by {paths[0].variable}:"]
         lines.append(" " * (width + 2) + "".join(f"{station:>9.3g}" for station in stations))
         for path in paths:
-            rates = np.interp(stations, path.x, path.rate * self.scale)
+            pulls = path.own_slope != 0
+            rates = np.interp(stations, path.x[pulls], path.rate[pulls] * self.scale)
             lines.append(f"  {path.name:{width}}" + "".join(f"{rate:9.3g}" for rate in rates))
         return "\n".join(lines)
 

@@ -76,16 +76,19 @@ def other_targets(
         seed: Of what is drawn.
 
     Returns:
-        ``None`` where an instance has several targets that are classes.
+        ``None`` where an instance has several targets that are classes, or no error is finite.
     """
     generator = torch.Generator().manual_seed(seed)
     f, y = predictions.detach().float(), target
     if task.name == "regression":
         error = (batch[1] - batch[0].detach()).float()
+        error = error[error.reshape(len(error), -1).isfinite().all(1)]  # a target under a mask may be NaN
+        if not len(error):
+            return None
         error = error[error.reshape(len(error), -1).sum(1).argsort()]
         ranks = (torch.rand(len(f), _VALUES, generator=generator) * len(error)).long().to(f.device)
         others = f.unsqueeze(1) + error[ranks]
-        return others, (others - y.unsqueeze(1)).square().reshape(*others.shape[:2], -1).mean(2)
+        return others, (others - y.unsqueeze(1)).square().reshape(*others.shape[:2], -1).mean(2).nan_to_num()
     if task.name != "multiclass":
         flips = torch.eye(f[0].numel(), device=f.device)[:_MOST].reshape(-1, *f.shape[1:])
         return (y.unsqueeze(1).float() - flips).abs(), torch.ones(len(f), len(flips), device=f.device)

@@ -271,7 +271,7 @@ def _loss_of(given: LearnedLoss | PathLike, task: str) -> tuple[LearnedLoss, boo
     if isinstance(given, LearnedLoss):
         return copy.deepcopy(given), False  # the configuration's may serve another learner
     path = os.fspath(given)
-    if "." not in os.path.basename(path):
+    if path == os.path.basename(path) and "." not in path:
         loss = LearnedLoss.named(path, task)
         # The default precision may be that of a half-precision model, in which φ would not move.
         return loss.to(torch.promote_types(loss.dtype, torch.float32)), False
