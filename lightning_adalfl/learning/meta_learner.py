@@ -156,7 +156,7 @@ class MetaLearner:
         while True:
             found = hypergradient(
                 steps,
-                self.task_loss,
+                self.objective.judged(self.task_loss, all_reduce),
                 meta_batch,
                 all_reduce=all_reduce,
                 loss_scale=1.0 if scale is None else scale.value,

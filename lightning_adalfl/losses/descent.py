@@ -103,7 +103,8 @@ class LearnedGradient:
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ ⟨value, tangent⟩``; the tangent is overwritten, since of many outputs each copy is felt."""
         with without_autocast(tangent.device), torch.no_grad():
-            at_pairs = self._loss.pairing.link_vjp_(self._pairs.prediction, tangent.to(self._weight.dtype))
+            tangent = self._loss.restricted(self._pairs, tangent.to(self._weight.dtype))
+            at_pairs = self._loss.pairing.link_vjp_(self._pairs.prediction, tangent)
             return self._gradient.vjp(at_pairs.mul_(self._weight))
 
 

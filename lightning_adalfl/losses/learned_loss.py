@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_adalfl.checks import one_of
 from lightning_adalfl.files import read_tensors, write_tensors
-from lightning_adalfl.losses.output_gradient import AutogradGradient, OutputGradient, in_chunks
+from lightning_adalfl.losses.output_gradient import AutogradGradient, OutputGradient, Pairs, in_chunks
 from lightning_adalfl.losses.tasks import task_named
 
 LossT = TypeVar("LossT", bound="LearnedLoss")
@@ -120,6 +120,18 @@ class LearnedLoss(nn.Module, ABC):
             spread: Their standard deviation.
             slope: The size of the user's gradient by the predictions of an instance.
         """
+
+    def take_classes(self, held_out: Sequence[Tensor], all_reduce: Callable[[list[Tensor]], Any] | None) -> None:
+        """Take in of which classes there are held-out instances; by default it does not matter.
+
+        Args:
+            held_out: Predictions, targets and, where there are any, weights.
+            all_reduce: Averages a list of tensors over processes in place.
+        """
+
+    def restricted(self, pairs: Pairs, tangent: Tensor) -> Tensor:
+        """Return h of raw outputs, overwritten, with zeros where held-out data can say nothing; by default as it is."""
+        return tangent
 
     def phi(self) -> dict[str, Tensor]:
         """Return φ: the parameters that learn, by name."""

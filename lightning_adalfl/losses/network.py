@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_adalfl.checks import finite_number, one_of, positive_number
 from lightning_adalfl.losses.learned_loss import LearnedLoss
-from lightning_adalfl.losses.output_gradient import EMBEDDING, NetworkGradient, OutputGradient, pairs_of, rows_of
+from lightning_adalfl.losses.output_gradient import EMBEDDING, NetworkGradient, OutputGradient, Pairs, pairs_of, rows_of
 
 WEIGHT_INITS = ("kaiming_normal", "xavier_uniform")  # as torch.nn.init has them
 MAX_CLASSES = 100
@@ -132,6 +133,8 @@ class LossNetwork(LearnedLoss):
             self.output_embedding = nn.Parameter(torch.zeros(MAX_CLASSES, EMBEDDING))
             self._codes: Tensor
             self.register_buffer("_codes", _class_codes(), persistent=False)
+            self.held_out_classes: Tensor  # 1 where held-out targets have been of that class
+            self.register_buffer("held_out_classes", torch.zeros(MAX_CLASSES))
         # Targets, and the slope of the user's loss, in the units of the project; see `take_units`.
         self.center: Tensor
         self.spread: Tensor
@@ -172,6 +175,27 @@ class LossNetwork(LearnedLoss):
             is_known = torch.isfinite(spread) & (spread > 0)
             self.center.copy_(torch.where(is_known, center, 0.0))
             self.spread.copy_(torch.where(is_known, spread, 1.0))
+
+    @torch.no_grad()
+    def take_classes(self, held_out: Sequence[Tensor], all_reduce: Callable[[list[Tensor]], Any] | None) -> None:
+        """Take them in where there are embeddings for them."""
+        if self.sees_classes and self.tells_apart(held_out[0].shape[1]):
+            weights = self.pairing.pairs(held_out[0].detach(), *held_out[1:]).class_weights()
+            if all_reduce is not None:
+                all_reduce([weights])
+            known = self.held_out_classes[: len(weights)]
+            known.copy_(torch.maximum(known, (weights > 0).to(known)))
+
+    def restricted(self, pairs: Pairs, tangent: Tensor) -> Tensor:
+        """Leave out the instances and the outputs of classes of which there are no held-out instances.
+
+        These would have every prediction of such a class lowered, and it would be lost.
+        """
+        if not self.sees_classes or not self.tells_apart(tangent.shape[1]):
+            return tangent
+        known = self.held_out_classes[: tangent.shape[1]].to(tangent)
+        known = known.maximum((~known.any()).to(known))  # before any has been seen, nothing is left out
+        return tangent.mul_(pairs.by_class(known)).mul_(known.view(-1, *[1] * (tangent.ndim - 2)))
 
     def tells_apart(self, outputs: int) -> bool:
         """Return whether there are embeddings for so many classes."""

@@ -45,6 +45,16 @@ class Pairs:
             self._target = torch.zeros_like(self.prediction).scatter_(1, self.labels.unsqueeze(1), 1.0)
         return self._target  # type: ignore[return-value]
 
+    def by_class(self, values: Tensor) -> Tensor:
+        """Return each instance's value out of one for each class, (N, 1, …), by its target."""
+        if self.labels is not None:
+            return values[self.labels].unsqueeze(1)
+        return self.target.movedim(1, -1).matmul(values.to(self.target)).unsqueeze(1)
+
+    def class_weights(self) -> Tensor:
+        """Return what the targets of each class weigh together, (C,)."""
+        return (self.target * self.weight).movedim(1, 0).flatten(1).sum(1)
+
 
 def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Return an iterator over parts of tensors with the pairs' first dimension: memory does not grow with their number.

@@ -45,6 +45,16 @@ class TrainingObjective(ABC):
     def gradient(self, own_loss: BatchLoss, predictions: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """Return m as a differentiable function of predictions and φ, where L_u is a function of the predictions."""
 
+    def judged(self, task_loss: BatchLoss, all_reduce: Callable[[list[Tensor]], Any] | None) -> BatchLoss:
+        """Return L_T as it is; by its calls the learned loss knows of which classes there are held-out instances."""
+
+        def judge(*held_out: Tensor) -> Tensor:
+            if self.loss is not None:
+                self.loss.take_classes(held_out, all_reduce)
+            return task_loss(*held_out)
+
+        return judge
+
     def take_units(self, descents: Sequence[Descent], all_reduce: Callable[[list[Tensor]], Any] | None) -> None:
         """See in which units the user's loss and targets are, before φ moves for the first time.
 
