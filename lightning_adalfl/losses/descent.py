@@ -105,6 +105,7 @@ class LearnedGradient:
         with without_autocast(tangent.device), torch.no_grad():
             tangent = self._loss.restricted(self._pairs, tangent.to(self._weight.dtype))
             at_pairs = self._loss.pairing.link_vjp_(self._pairs.prediction, tangent)
+            at_pairs = self._loss.restricted(self._pairs, at_pairs)  # what a class's own outputs say, too
             return self._gradient.vjp(at_pairs.mul_(self._weight))
 
 

@@ -122,15 +122,10 @@ class LearnedLoss(nn.Module, ABC):
         """
 
     def take_classes(self, held_out: Sequence[Tensor], all_reduce: Callable[[list[Tensor]], Any] | None) -> None:
-        """Take in of which classes there are held-out instances; by default it does not matter.
-
-        Args:
-            held_out: Predictions, targets and, where there are any, weights.
-            all_reduce: Averages a list of tensors over processes in place.
-        """
+        """Take in the classes of held-out (predictions, target) or (…, weight); by default they do not matter."""
 
     def restricted(self, pairs: Pairs, tangent: Tensor) -> Tensor:
-        """Return h of raw outputs, overwritten, with zeros where held-out data can say nothing; by default as it is."""
+        """Return h, overwritten, with zeros where the held-out data can say nothing; by default it stays as it is."""
         return tangent
 
     def phi(self) -> dict[str, Tensor]:
