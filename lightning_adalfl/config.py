@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_adalfl.checks import one_of, positive_number, whole_number
 from lightning_adalfl.losses.learned_loss import LearnedLoss
@@ -103,6 +104,10 @@ class AdaLFLConfig:
             one_of("meta_data", self.meta_data, ("val", "train"))
         elif self.meta_data is None or (isinstance(self.meta_data, int) and self.meta_data < 0):
             raise ValueError(f"`meta_data` must be 'val', 'train', an index from 0 or a loader; got {self.meta_data}.")
+        elif isinstance(self.meta_data, (list, tuple)) and any(isinstance(x, DataLoader) for x in self.meta_data):
+            raise ValueError(
+                f"`meta_data` must be one loader; got a sequence of {len(self.meta_data)}. Give one of them."
+            )
         if isinstance(self.hypergradient, str):
             one_of("hypergradient", self.hypergradient, WAYS)
         elif isinstance(self.hypergradient, type) or not callable(self.hypergradient):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_adalfl import AdaLFLConfig, LossNetwork
 from lightning_adalfl.checks import finite_number, one_of, positive_number, whole_number
@@ -48,6 +49,7 @@ def own_task_loss(predictions: Tensor, target: Tensor) -> Tensor:
         ("meta_batch_size", 0, ValueError, "`meta_batch_size` must be a whole number, 1 or more; got 0"),
         ("optimizer", -1, ValueError, "`optimizer` must be a whole number, 0 or more; got -1"),
         ("meta_data", "test", ValueError, "`meta_data` must be one of 'val', 'train'; got 'test'"),
+        ("meta_data", [DataLoader([0])], ValueError, "`meta_data` must be one loader; got a sequence of 1"),
         ("meta_data", -1, ValueError, "`meta_data` must be 'val', 'train', an index from 0 or a loader; got -1"),
         ("meta_data", None, ValueError, "an index from 0 or a loader; got None"),
         ("hypergradient", "implicit", ValueError, r"`hypergradient` must be one of .*; got 'implicit'"),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_adalfl import AdaLFLConfig, LearnedLoss, LossNetwork, MetaLearner, TaylorLoss, hypergradient
+from lightning_adalfl.inspection.loss_shape import classes_met
 from lightning_adalfl.learning.base_step import BaseStep
 from lightning_adalfl.learning.consensus import Consensus
 from lightning_adalfl.learning.learner_state import Undo
@@ -247,7 +248,7 @@ def missed(lacking: int) -> float:
 
 def test_a_class_without_held_out_instances_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missed(3) < 0.5  # 0.18; with the own loss 0.20
-    monkeypatch.setattr(LossNetwork, "restricted", LearnedLoss.restricted)
+    monkeypatch.setattr(LossNetwork, "known_pairs", LearnedLoss.known_pairs)
     assert missed(3) > 0.9
 
 
@@ -260,7 +261,7 @@ def test_only_instances_and_outputs_of_classes_that_were_held_out_move_the_loss(
     for held_out, known in ((y != 1, [1.0, 0.0, 1.0]), (y == 1, [1.0, 1.0, 1.0])):
         step = recorded(learner)
         learner.meta_step(step, (x[held_out], y[held_out]))
-        assert learner.loss.held_out_classes.tolist() == [*known, *[0.0] * 97]
+        assert learner.loss.held_out_classes.tolist() == [*known, *[-1.0] * 97]
         for name in ("label_embedding", "output_embedding"):
             moved = (learner.loss.phi()[name] != before[name]).any(1)[:3]
             assert moved.tolist() == [bool(value) for value in known]
@@ -283,10 +284,10 @@ def test_what_is_held_out_is_seen_in_targets_of_every_kind(kind: str) -> None:
         y, weight = torch.tensor([0, 2, 1, 3]), torch.tensor([1.0, 0.5, 0.0, 0.0])
     found = learner.objective.judged(learner.task_loss, None)(f, y, *([] if weight is None else [weight]))
     assert torch.equal(found, learner.task_loss(f, y, weight))
-    assert learner.loss.held_out_classes.nonzero().flatten().tolist() == [0, 2]
+    assert learner.loss.held_out_classes[:5].tolist() == [1, 0, 1, 0, -1]
+    assert classes_met(learner.loss) == 4  # the last one too, of which nothing is learned
     pairs = learner.task.pairs(f, y, weight)
     by_hand = pairs.target[:, [0, 2]].sum(1, keepdim=True) * torch.tensor([1.0, 0.0, 1.0, 0.0]).view(
         1, 4, *[1] * (f.ndim - 2)
     )
-    restricted = learner.loss.restricted(pairs, torch.ones_like(f))
-    assert torch.equal(restricted, by_hand.expand_as(f))
+    assert torch.equal(learner.loss.known_pairs(pairs), by_hand.expand_as(f))

@@ -116,6 +116,16 @@ def test_a_run_that_learns_no_loss_has_no_shape(tmp_path: Path) -> None:
     assert "Strength" not in text
 
 
+def test_classes_without_trusted_rows_are_named(tmp_path: Path) -> None:
+    path = train(tmp_path, meta_every=1)
+    said = "- No trusted row was of class 2: add some, or nothing is learned of it."
+    assert said not in diagnose(path)
+    state = torch.load(path, weights_only=True)
+    state["adalfl"]["learner"]["phi"]["held_out_classes"][2] = 0.0
+    torch.save(state, path)
+    assert said in diagnose(path)
+
+
 def test_a_loss_that_trains_alone_needs_its_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     fit = trainer(tmp_path)
@@ -144,6 +154,13 @@ def test_scalars_alone_give_advice(name: str, values: list[float], advice: str, 
     rows = "".join(f"{value},{step},\n" for step, value in enumerate(values))
     (tmp_path / "metrics.csv").write_text(f"adalfl/{name},step,train_loss\n{rows},99,0.5\n")
     assert advice in diagnose(tmp_path)
+
+
+def test_a_run_below_the_folder_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "lightning_logs" / "version_3"
+    run.mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"give a log folder such as {run}."):
+        diagnose(tmp_path)
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

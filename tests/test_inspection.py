@@ -263,7 +263,7 @@ def test_a_loss_that_pulls_away_everywhere() -> None:
     found = reported("binary", lambda f, y: -((f - y) ** 2))
     assert found.strength < 0
     assert all(len(away) == 1 for away in found.away)
-    assert "drives more away from the targets than towards them" in str(found)
+    assert "drives more from their targets than to them" in str(found)
 
 
 def test_what_is_added_is_told_as_such() -> None:

@@ -90,9 +90,7 @@ def val_source(trainer: Any) -> Any:
 
 
 def _given(source: Any) -> Any:
-    if source.instance is None or not source.is_defined():
-        return None
-    return source.dataloader()
+    return source.dataloader() if source.instance is not None and source.is_defined() else None
 
 
 def transferred(module: Any, batch: Any, is_training: bool, index: int = 0) -> Any:
@@ -116,10 +114,7 @@ def transferred(module: Any, batch: Any, is_training: bool, index: int = 0) -> A
 def _stage(trainer: Any, is_training: bool) -> Iterator[None]:
     before = trainer.state.stage
     try:
-        if is_training:
-            trainer.training = True
-        else:
-            trainer.validating = True
+        setattr(trainer, "training" if is_training else "validating", True)
         yield
     finally:
         trainer.state.stage = before

@@ -53,9 +53,7 @@ class ModuleState:
         known = {(id(m), name) for m, name, _, _ in before}
         new = [(m, name) for m in self._modules for name in vars(m) if name not in _TORCH]
         new = [(m, name) for m, name in new if (id(m), name) not in known]
-        changed = [
-            (m, name) for m, name, value, content in before if _differs(vars(m).get(name, _ABSENT), value, content)
-        ]
+        changed = [(m, key) for m, key, value, kept in before if _differs(vars(m).get(key, _ABSENT), value, kept)]
         found = {(id(m), name): (m, name) for m, name in [*(self._names or ()), *changed, *new]}
         self._names = list(found.values())
         self._new |= {(id(m), name) for m, name in new}

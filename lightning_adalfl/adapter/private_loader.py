@@ -82,11 +82,12 @@ def _redrawn(
         kept = limit if isinstance(limit, int) else int(limit * math.ceil(len(dataset) / own_size))
         dataset = Subset(dataset, range(min(len(dataset), max(kept, 1) * own_size)))
     generator = torch.Generator()
-    shuffled = RandomSampler(dataset, generator=generator)
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=DistributedSampler(dataset, *replicas) if replicas[0] > 1 else shuffled,
+        sampler=DistributedSampler(dataset, *replicas)
+        if replicas[0] > 1
+        else RandomSampler(dataset, generator=generator),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

@@ -130,8 +130,9 @@ class AdaLFLInit(Callback):
         rank_zero_info(f"Offline phase: {steps} meta steps.")
 
     def _steps(self, trainer: Any, phase: OfflinePhase, steps: int) -> None:
-        file, first, done = self._file, 0.0, 0
-        with tqdm(total=steps, desc="Offline phase", disable=not _shows_progress(trainer), leave=False) as bar:
+        file, first, done, own_bar = self._file, 0.0, 0, trainer.progress_bar_callback
+        is_shown = trainer.is_global_zero and own_bar is not None and bool(getattr(own_bar, "is_enabled", True))
+        with tqdm(total=steps, desc="Offline phase", disable=not is_shown, leave=False) as bar:
             while done < steps and file is not None:
                 task_loss, done = phase.step(), done + 1
                 if done == 1:
@@ -171,11 +172,6 @@ class AdaLFLInit(Callback):
         if self._file is not None:
             self._file.remove()
             self._file = None
-
-
-def _shows_progress(trainer: Any) -> bool:
-    bar = trainer.progress_bar_callback
-    return trainer.is_global_zero and bar is not None and bool(getattr(bar, "is_enabled", True))
 
 
 class OfflineFile:

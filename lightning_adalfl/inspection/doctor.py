@@ -12,6 +12,7 @@ from lightning_adalfl.files import PathLike
 from lightning_adalfl.inspection.history import FILE_NAME, LossHistory, learner_state, read
 from lightning_adalfl.inspection.loss_shape import Values
 from lightning_adalfl.inspection.report import report
+from lightning_adalfl.losses.network import LossNetwork
 
 _NOT_FINITE = "Look for NaN in the trusted batches, lower the base learning rate, or clip the gradient."
 _FINE = "Nothing: no sign of trouble. Compare the end with your own loss on rows that nobody learned from."
@@ -41,7 +42,8 @@ def diagnose(path: PathLike, classes: int | None = None) -> str:
     scalars, history = _scalars(folder), folder / FILE_NAME
     if not (found or scalars or history.is_file()):
         what = f"it holds no checkpoint, no {FILE_NAME} and no scalars under adalfl/"
-        raise ValueError(f"cannot read {path}: {what}; give a log folder such as lightning_logs/version_0.")
+        newest = max(place.rglob("version_*"), key=os.path.getmtime, default="lightning_logs/version_0")
+        raise ValueError(f"cannot read {path}: {what}; give a log folder such as {newest}.")
     is_learned = _counters(found[-1], said, todo) if found else history.is_file()
     lines = [_scalar(name, values, todo) for name, values in scalars.items()]
     said.extend(["Logged, the first and the last tenth:\n  " + "\n  ".join(lines)] if lines else [])
@@ -96,8 +98,12 @@ def _distance(history: LossHistory) -> str:
 
 def _shape(history: LossHistory, classes: int | None, said: Notes, todo: Notes) -> None:
     (shape,) = history.shapes(1, classes=classes)
-    words = report(shape, history.loss_at(history.steps[-1]).reduction)
+    loss = history.loss_at(history.steps[-1])
+    words = report(shape, loss.reduction)
     said.extend(part for part in str(words).split("\n\n") if part.startswith(("Strength", "Flat", "Turning")))
+    if isinstance(loss, LossNetwork) and loss.sees_classes and (loss.held_out_classes == 0).any():
+        missing = ", ".join(map(str, (loss.held_out_classes == 0).nonzero().flatten().tolist()))
+        todo.append(f"No trusted row was of class {missing}: add some, or nothing is learned of it.")
     if words.strength <= 0:
         todo.append("It drives away from the targets. Are the trusted rows right, and `adalfl_predict`?")
     elif shape.is_added and words.alignment > 0.995:

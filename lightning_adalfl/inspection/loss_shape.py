@@ -182,11 +182,12 @@ def usual_look(loss: LearnedLoss) -> dict[str, Any]:
 
 
 def classes_met(loss: LearnedLoss) -> int | None:
-    """Return the number of classes that a loss has learned to tell apart; ``None`` where there are none as yet."""
+    """Return the number of classes that a loss has been trained to tell apart; ``None`` where there are none as yet."""
     if not isinstance(loss, LossNetwork) or not loss.sees_classes:
         return None
-    moved = ((loss.label_embedding != 0) | (loss.output_embedding != 0)).any(dim=1).nonzero()
-    return int(moved.max()) + 1 if len(moved) else None
+    moved = ((loss.label_embedding != 0) | (loss.output_embedding != 0)).any(dim=1)
+    met = (moved | (loss.held_out_classes >= 0)).nonzero()
+    return int(met.max()) + 1 if len(met) else None
 
 
 def checked_targets(targets: Sequence[float]) -> tuple[float, ...]:

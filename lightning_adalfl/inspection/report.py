@@ -59,9 +59,7 @@ class LossReport:
         rest = same if self.alignment > 0.995 else "the rest is shape, which no learning rate gives"
         lines = [f"Strength (section 5.5). {text}", f"The cosine between the two is {self.alignment:.3f}: {rest}."]
         if self.strength <= 0:
-            lines.append(
-                "Not above zero: of predictions spread evenly it drives more away from the targets than towards them."
-            )
+            lines.append("Not above zero: of predictions spread evenly it drives more from their targets than to them.")
         elif self.strength < 0.05 and not is_added:
             lines.append("That is next to nothing: the loss has flattened, which stops training early (section 5.6).")
         return "\n".join(lines)

@@ -70,17 +70,14 @@ def configuration_of(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load(learner: Any, state: Mapping[str, Any]) -> None:
     loss, rate, config = learner.loss, learner.rate, learner.config
-    if (loss is None) != (state["loss"] is None) or (rate is None) != (state["rate"] is None):
-        raise ValueError(
-            f"the checkpoint was written with `learn={state['config'].get('learn')!r}` and this learner has "
-            f"`learn={config.learn!r}`; give the configuration that it was trained with."
-        )
-    given = state["config"].get("meta_optimizer")
-    if given != config.meta_optimizer:
-        raise ValueError(
-            f"the checkpoint was written with `meta_optimizer={given!r}` and this learner has "
-            f"`meta_optimizer={config.meta_optimizer!r}`; give the one that it was trained with."
-        )
+    learns_alike = (loss is None) == (state["loss"] is None) and (rate is None) == (state["rate"] is None)
+    moves_alike = state["config"].get("meta_optimizer") == config.meta_optimizer
+    for name, fits in (("learn", learns_alike), ("meta_optimizer", moves_alike)):
+        if not fits:
+            raise ValueError(
+                f"the checkpoint was written with `{name}={state['config'].get(name)!r}` and this learner has "
+                f"`{name}={getattr(config, name)!r}`; give what it was trained with."
+            )
     if loss is not None:
         try:
             if loss.describe() != state["loss"]:

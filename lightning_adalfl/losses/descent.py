@@ -103,10 +103,10 @@ class LearnedGradient:
     def vjp(self, tangent: Tensor) -> dict[str, Tensor]:
         """Return ``∂/∂φ ⟨value, tangent⟩``; the tangent is overwritten, since of many outputs each copy is felt."""
         with without_autocast(tangent.device), torch.no_grad():
-            tangent = self._loss.restricted(self._pairs, tangent.to(self._weight.dtype))
+            known = self._loss.known_pairs(self._pairs)  # before the softmax and behind it
+            tangent = tangent.to(self._weight.dtype).mul_(known)
             at_pairs = self._loss.pairing.link_vjp_(self._pairs.prediction, tangent)
-            at_pairs = self._loss.restricted(self._pairs, at_pairs)  # what a class's own outputs say, too
-            return self._gradient.vjp(at_pairs.mul_(self._weight))
+            return self._gradient.vjp(at_pairs.mul_(self._weight).mul_(known))
 
 
 class Descent(ABC):

@@ -102,8 +102,9 @@ class LearnedLoss(nn.Module, ABC):
             precision = self.dtype if predictions.is_floating_point() else predictions.dtype
             pairs = self.pairing.pairs(predictions.to(precision), target, weight)
             chunks = in_chunks(pairs.prediction, pairs.target, pairs.weight)
-            values = [(self.pairwise(f, y) * weight).sum() for f, y, weight in chunks]
-            return torch.stack(values).sum() / self.outputs(pairs.prediction)
+            # One sum at a time: small tensors that stay between large temporary ones would break up the memory.
+            total = sum((self.pairwise(f, y) * part).sum() for f, y, part in chunks)
+            return total / self.outputs(pairs.prediction)  # type: ignore[return-value]
 
     def outputs(self, prediction: Tensor) -> float:
         """Return what the sum over an instance's pairs is divided by."""
@@ -124,9 +125,9 @@ class LearnedLoss(nn.Module, ABC):
     def take_classes(self, held_out: Sequence[Tensor], all_reduce: Callable[[list[Tensor]], Any] | None) -> None:
         """Take in the classes of held-out (predictions, target) or (…, weight); by default they do not matter."""
 
-    def restricted(self, pairs: Pairs, tangent: Tensor) -> Tensor:
-        """Return h, overwritten, with zeros where the held-out data can say nothing; by default it stays as it is."""
-        return tangent
+    def known_pairs(self, pairs: Pairs) -> Tensor | float:
+        """Return one for each pair of which the held-out data can say something, else zero; by default for all."""
+        return 1.0
 
     def phi(self) -> dict[str, Tensor]:
         """Return φ: the parameters that learn, by name."""

@@ -133,8 +133,8 @@ class LossNetwork(LearnedLoss):
             self.output_embedding = nn.Parameter(torch.zeros(MAX_CLASSES, EMBEDDING))
             self._codes: Tensor
             self.register_buffer("_codes", _class_codes(), persistent=False)
-            self.held_out_classes: Tensor  # 1 where held-out targets have been of that class
-            self.register_buffer("held_out_classes", torch.zeros(MAX_CLASSES))
+            self.held_out_classes: Tensor  # 1: held-out targets have been of that class; 0: none has; -1: no such class
+            self.register_buffer("held_out_classes", torch.full((MAX_CLASSES,), -1.0))
         # Targets, and the slope of the user's loss, in the units of the project; see `take_units`.
         self.center: Tensor
         self.spread: Tensor
@@ -186,16 +186,17 @@ class LossNetwork(LearnedLoss):
             known = self.held_out_classes[: len(weights)]
             known.copy_(torch.maximum(known, (weights > 0).to(known)))
 
-    def restricted(self, pairs: Pairs, tangent: Tensor) -> Tensor:
+    def known_pairs(self, pairs: Pairs) -> Tensor | float:
         """Leave out the instances and the outputs of classes of which there are no held-out instances.
 
         These would have every prediction of such a class lowered, and it would be lost.
         """
-        if not self.sees_classes or not self.tells_apart(tangent.shape[1]):
-            return tangent
-        known = self.held_out_classes[: tangent.shape[1]].to(tangent)
-        known = known.maximum((~known.any()).to(known))  # before any has been seen, nothing is left out
-        return tangent.mul_(pairs.by_class(known)).mul_(known.view(-1, *[1] * (tangent.ndim - 2)))
+        f = pairs.prediction
+        if not self.tells_apart(f.shape[1]):
+            return 1.0
+        known = (self.held_out_classes[: f.shape[1]] > 0).to(f)
+        known = known.maximum((~known.any()).to(f))  # before any has been seen, nothing is left out
+        return pairs.by_class(known) * known.view(-1, *[1] * (f.ndim - 2))
 
     def tells_apart(self, outputs: int) -> bool:
         """Return whether there are embeddings for so many classes."""
