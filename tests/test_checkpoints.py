@@ -196,9 +196,7 @@ def test_a_damaged_entry_is_refused_and_nothing_is_taken_over(tmp_path: Path, da
 
 def test_another_kind_of_learner_is_refused(tmp_path: Path) -> None:
     path = fit(tmp_path, make(Ada, adalfl=config()))
-    with pytest.raises(
-        ValueError, match="written with `learn='loss'` and this learner has `learn='lr'`; give what"
-    ):
+    with pytest.raises(ValueError, match="written with `learn='loss'` and this learner has `learn='lr'`; give what"):
         Ada.load_from_checkpoint(path, adalfl=config(learn="lr"), weights_only=True)
     with pytest.raises(ValueError, match="φ does not fit `loss='taylor_cubic'`"):
         Ada.load_from_checkpoint(path, adalfl=config(loss="taylor_cubic"), weights_only=True)

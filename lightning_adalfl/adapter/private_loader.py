@@ -155,7 +155,7 @@ def start(loader: Any, seed: int) -> Iterator[Any]:
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every accelerator, in milliseconds
     parts, generators = _inside(loader)
     for i, generator in enumerate(generators):
         if isinstance(generator, torch.Generator):
