@@ -73,6 +73,15 @@ def test_each_pass_has_every_instance_once_in_an_order_of_its_own() -> None:
     assert drawn(endless(DataLoader(numbers(), 5), 4), 1) != [passes[0][:5]]
 
 
+def test_a_pass_seeds_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    drawn(endless(DataLoader(numbers(), 5, shuffle=True)), 4)
+    assert seeds == []
+    torch.manual_seed(3)
+    assert seeds == [3]
+
+
 def test_streams_of_two_purposes_seeds_or_passes_have_nothing_in_common() -> None:
     seeds = {
         derived_seed(purpose, seed, k)
