@@ -16,6 +16,7 @@ from lightning_adalfl.inspection.loss_shape import classes_met
 from lightning_adalfl.learning.base_step import BaseStep
 from lightning_adalfl.learning.consensus import Consensus
 from lightning_adalfl.learning.learner_state import Undo
+from lightning_adalfl.losses.descent import LearnedGradient, Predicted
 
 Batch = tuple[Tensor, Tensor]
 
@@ -291,3 +292,10 @@ def test_what_is_held_out_is_seen_in_targets_of_every_kind(kind: str) -> None:
         1, 4, *[1] * (f.ndim - 2)
     )
     assert torch.equal(learner.loss.known_pairs(pairs), by_hand.expand_as(f))
+
+
+@pytest.mark.parametrize("task", ["binary", "regression"])
+def test_one_output_an_instance_has_no_classes_to_leave_out(task: str) -> None:
+    f, y = torch.randn(8), torch.randint(2, (8,)).float()
+    gradient = LearnedGradient(LossNetwork(task), Predicted.direct(f, y), by_outputs=False)
+    assert any(value.any() for value in gradient.vjp(torch.randn(8)).values())

@@ -192,7 +192,7 @@ class LossNetwork(LearnedLoss):
         These would have every prediction of such a class lowered, and it would be lost.
         """
         f = pairs.prediction
-        if not self.tells_apart(f.shape[1]):
+        if not self.sees_classes or not self.tells_apart(f.shape[1]):
             return 1.0
         known = (self.held_out_classes[: f.shape[1]] > 0).to(f)
         known = known.maximum((~known.any()).to(f))  # before any has been seen, nothing is left out
